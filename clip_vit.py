@@ -1,0 +1,130 @@
+"""The CLIP vision tower, up to the layer whose patch features LLaVA reads.
+
+    tower = CLIPVisionTower(CLIPVisionConfig(), select_layer=-2)
+    features = tower(pixel_values)                # (N, 3, 336, 336) normalised → (N, 576, 1024)
+
+    tower, preprocess = load_clip("/path/to/clip-vit-large-patch14-336", select_layer=-2)    # a Hugging Face folder
+    tower, preprocess = load_clip("open_clip:ViT-L-14-336/openai", select_layer=-2)          # or through open_clip
+
+Follows CLIP (arXiv 2103.00020); parameter names are those of `CLIPVisionModel` in huggingface/transformers.
+Deliberately different: layers behind the selected one, the last norm and the projection to CLIP's joint space are never
+built, because LLaVA does not use them (layer -2 of 24 means that 23 are built).
+"""
+import json
+import os
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+@dataclass
+class CLIPVisionConfig:
+    """Sizes of the tower; the defaults are ViT-L/14-336's, the names those of a public `config.json`."""
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+    @property
+    def num_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+
+    def forward(self, pixel_values):
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)             # (N, P, C)
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat((first, patches), 1) + self.position_embedding.weight              # (N, 1 + P, C)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(self, x):
+        N, T, C = x.shape
+        q, k, v = (proj(x).view(N, T, self.num_heads, C // self.num_heads).transpose(1, 2)  # (N, H, T, D)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config, num_layers):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(num_layers))
+
+
+class VisionModel(nn.Module):
+    def __init__(self, config, num_layers):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)   # spelt so in the public files
+        self.encoder = Encoder(config, num_layers)
+
+
+class CLIPVisionTower(nn.Module):
+    """`select_layer` counts as in LLaVA's `mm_vision_select_layer`: -1 is the last layer's output, -2 the one before."""
+
+    def __init__(self, config, select_layer=-2):
+        super().__init__()
+        num_layers = config.num_hidden_layers + 1 + select_layer if select_layer < 0 else select_layer
+        if not 0 <= num_layers <= config.num_hidden_layers:
+            raise ValueError(f"select_layer {select_layer} does not exist: the tower has {config.num_hidden_layers} layers")
+        self.config, self.hidden_size = config, config.hidden_size
+        self.vision_model = VisionModel(config, num_layers)
+
+    def forward(self, pixel_values):
+        """(N, 3, image_size, image_size), CLIP-normalised → patch features (N, P, C), the class token dropped."""
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixel_values))
+        for layer in self.vision_model.encoder.layers:
+            x = layer(x)
+        return x[:, 1:]
+
+    def unused_key(self, key):
+        """Whether a key of a public file belongs to a part that is not built here."""
+        parts = key.split(".")
+        behind = "layers" in parts and int(parts[parts.index("layers") + 1]) >= len(self.vision_model.encoder.layers)
+        return behind or "post_layernorm" in parts or parts[-1] == "position_ids"

@@ -1,0 +1,395 @@
+"""From files to packed rows: tokenizer, conversations, the three readers, images, batches.
+
+    JSON → Example (image, conversations) → token ids and labels → Row (prefix + branches) → Batch (padded tensors)
+
+Readers: HA-DPO's `desc_data.json`/`pope_data.json` with Visual Genome's images, LLaVA's conversation JSON, and POPE's
+question files. Text follows LLaVA's `v1` template; image preprocessing is LLaVA's `pad` followed by CLIP's. Files are
+opened by content, never by their extension, and EXIF rotation is ignored, because the original does so too and the
+published numbers were made that way.
+
+Follows haotian-liu/LLaVA (arXiv 2310.03744) and opendatalab/HA-DPO (arXiv 2311.16839). Deliberately different: text
+never turns into control tokens (`</s>` typed by somebody stays text), the image's place is expanded to its patches here
+and not in the model, and the shared part of chosen and rejected stands in a row once.
+"""
+import json
+import os
+import random
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from sentencepiece import SentencePieceProcessor
+
+from clip_vit import CLIP_MEAN, CLIP_STD
+from llama import PAD_BRANCH
+
+PAD, BOS, EOS = 0, 1, 2
+IMAGE, IMAGE_ID, IGNORE = "<image>", -200, -100         # LLaVA's names and numbers
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+SYSTEM_HADPO_EVAL = SYSTEM.replace("user", "human")     # HA-DPO trains with `v1` but asks POPE with `llava_v1`
+DESCRIBE = ("Describe this image in detail.",           # HA-DPO's four description prompts, in its order
+            "Take a look at this image and describe what you notice.",
+            "Please provide a detailed description of the picture.",
+            "Could you describe the contents of this image for me?")
+
+
+class InputError(Exception):
+    """Something the user can cure. The message names the file, the value and the cure; the programs print only it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class Tokenizer:
+    """LLaMA's SentencePiece model. `encode` gives no control tokens; text that looks like one is encoded as text."""
+
+    def __init__(self, path):
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; a checkpoint needs its tokenizer.model (SentencePiece) beside its weights")
+        self.path = path
+        try:
+            self.model = SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError) as e:
+            raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]}); copy tokenizer.model again")
+        ids = self.model.unk_id(), self.model.bos_id(), self.model.eos_id()
+        if ids != (PAD, BOS, EOS):
+            raise InputError(f"{path}: unk, bos, eos are {ids} and must be {(PAD, BOS, EOS)}; this is not LLaMA's tokenizer")
+
+    def __len__(self):
+        return self.model.vocab_size()
+
+    def encode(self, text, continues=False):
+        """Ids of a text. `continues`: it stands right behind a control token, so its first piece loses the space mark."""
+        ids = self.model.encode(text)
+        if continues and ids:
+            bare = self.model.id_to_piece(ids[0]).removeprefix("\u2581")
+            ids[:1] = [self.model.piece_to_id(bare)] if bare else []
+        return ids
+
+    def decode(self, ids):
+        return self.model.decode([int(i) for i in ids if i not in (PAD, BOS, EOS)])
+
+
+def encode_conversation(tokenizer, turns, system=SYSTEM):
+    """[(question, answer), ...] → ids, labels: lists of the same length, LLaVA's `v1` template.
+
+    Labels are the ids of answers and their `</s>`, IGNORE elsewhere. A last answer of None leaves the prompt open. Each
+    piece of text around `<image>` is tokenised alone, with its own leading space mark; one BOS stands in front.
+    """
+    ids, text, continues, labels = [BOS], system + " ", False, [IGNORE]
+    for question, answer in turns:
+        text += f"USER: {question} ASSISTANT:"
+        for n, chunk in enumerate(text.split(IMAGE)):
+            ids += ([IMAGE_ID] if n else []) + tokenizer.encode(chunk, continues)
+            continues = False
+        labels += [IGNORE] * (len(ids) - len(labels))
+        if answer is not None:
+            if not answer.strip():
+                raise InputError(f"the answer to {question!r} is empty, so nothing of it can be learnt; remove it")
+            ids += tokenizer.encode(answer) + [EOS]
+            labels += ids[len(labels):]
+        text, continues = "", True
+    return ids, labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed rows
+
+
+@dataclass
+class Row:
+    """A shared prefix and its branches (llama.py). Lists of T tokens, A answer tokens, N branches."""
+    input_ids: list       # T; the image is IMAGE_ID once per patch
+    position: list        # T
+    branch: list          # T; 0 = prefix
+    source: list          # A; index of the token whose hidden state predicts `target`
+    target: list          # A
+    target_branch: list   # A; 1..N
+    ends: list            # N; index of each branch's last token
+    image: str = None     # path
+    cut: int = 0          # answer tokens lost to max_length
+
+
+def pack(sequences, num_patches, max_length, image=None):
+    """[(ids, labels), ...] that begin alike → Row. The prefix is what all of them share, up to the first supervised token.
+
+    Prompts are never cut: one that does not fit raises InputError. An answer that does not fit is cut at its end.
+    """
+    limit = min(min([len(ids) - 1] + [t for t, label in enumerate(labels) if label != IGNORE][:1])
+                for ids, labels in sequences)
+    first = sequences[0][0]
+    shared = next((t for t in range(limit) if any(ids[t] != first[t] for ids, _ in sequences)), limit)
+    row = Row([], [], [], [], [], [], [], image)
+
+    def add(ids, branch, start):
+        for i in ids:
+            row.input_ids += [IMAGE_ID] * num_patches if i == IMAGE_ID else [i]
+        n = len(row.input_ids) - len(row.position)
+        row.position += range(start, start + n)
+        row.branch += [branch] * n
+
+    add(first[:shared], 0, 0)
+    prefix = len(row.input_ids)
+    for number, (ids, labels) in enumerate(sequences, start=1):
+        room = max_length - prefix
+        prompt = next((t for t, label in enumerate(labels) if label != IGNORE), len(ids)) - shared
+        if prompt + (len(ids) - shared > prompt) > room:
+            raise InputError(f"a prompt of {prefix + prompt} tokens does not fit into {max_length} (image {image}); prompts "
+                             "are never cut: shorten the question or name a model with a longer context")
+        begin = len(row.input_ids)
+        add(ids[shared:], number, prefix)
+        expanded = sum(([IGNORE] * num_patches if i == IMAGE_ID else [label]
+                        for i, label in zip(ids[shared:], labels[shared:])), [])
+        if len(expanded) > room:
+            row.cut += len(expanded) - room
+            del row.input_ids[begin + room:], row.position[begin + room:], row.branch[begin + room:], expanded[room:]
+        for t, label in enumerate(expanded):
+            if label != IGNORE:
+                row.source.append(begin + t - 1 if t else prefix - 1)
+                row.target.append(label)
+                row.target_branch.append(number)
+        row.ends.append(len(row.input_ids) - 1)
+    return row
+
+
+@dataclass
+class Batch:
+    """Rows as padded tensors. Padding: branch -1, target IGNORE, target_branch 0, ends -1. N distinct images."""
+    input_ids: torch.Tensor = None        # (B, T)
+    position: torch.Tensor = None         # (B, T)
+    branch: torch.Tensor = None           # (B, T)
+    source: torch.Tensor = None           # (B, A)
+    target: torch.Tensor = None           # (B, A)
+    target_branch: torch.Tensor = None    # (B, A)
+    ends: torch.Tensor = None             # (B, number of branches)
+    image_index: torch.Tensor = None      # (B,) which image a row has; -1 = none
+    pixel_values: torch.Tensor = None     # (N, 3, S, S)
+    hidden: torch.Tensor = None           # instead of input_ids and pixel_values, what a frozen trunk makes of
+    features: torch.Tensor = None         # them (features.py): (B, A, hidden) and (N, P, C)
+
+    def to(self, device, dtype=None):
+        """On a device; floating point tensors also in `dtype`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: None if x is None else x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
+                        for name, x in moved.items()})
+
+
+PADDING = {"input_ids": PAD, "position": 0, "branch": PAD_BRANCH, "source": 0, "target": IGNORE, "target_branch": 0, "ends": -1}
+
+
+def pad(rows, value):
+    """Lists of different lengths → (B, longest) int64, filled with `value` on the right."""
+    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = row
+    return torch.from_numpy(out)
+
+
+def collate(rows, preprocess):
+    """Rows → Batch; every distinct image is opened and preprocessed once."""
+    images = list(dict.fromkeys(row.image for row in rows if row.image))
+    tensors = {name: pad([getattr(row, name) for row in rows], value) for name, value in PADDING.items()}
+    index = torch.tensor([images.index(row.image) if row.image else -1 for row in rows])
+    pixels = torch.stack([preprocess(image) for image in images]) if images else None
+    return Batch(**tensors, image_index=index, pixel_values=pixels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass
+class ImageProcessor:
+    """CLIP's preprocessing of one image, behind LLaVA's padding. Path (or PIL image) → (3, size, size) fp32."""
+    size: int = 336
+    mean: tuple = CLIP_MEAN
+    std: tuple = CLIP_STD
+    pad: bool = True        # LLaVA's image_aspect_ratio "pad"; else the middle is cut out
+
+    def __call__(self, image):
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as file:
+                image = file.convert("RGB")
+        if self.pad and image.width != image.height:
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in self.mean))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        short = min(image.size)
+        if short != self.size:
+            image = image.resize([int(self.size * edge / short) for edge in image.size], Image.Resampling.BICUBIC)
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)                                # (S, S, 3)
+        return torch.from_numpy((pixels - np.float32(self.mean)) / np.float32(self.std)).permute(2, 0, 1)
+
+
+def check_images(paths):
+    """Raises InputError with the count and the first ten images that are absent or not images. Reads headers only."""
+    bad = []
+    for path in dict.fromkeys(paths):
+        try:
+            with Image.open(path):
+                pass
+        except (OSError, UnidentifiedImageError):
+            bad.append(path)
+    if bad:
+        raise InputError(f"{len(bad)} images are missing or unreadable: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''}; "
+                         "check the image folder's path or download them again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+@dataclass
+class Example:
+    """One row to be: an image (or None) and conversations that share a beginning, each [(question, answer), ...]."""
+    image: str
+    conversations: list
+
+
+def read_json(path, lines=False):
+    """A JSON file, or one JSON value per line. Errors name the file and the place."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; check the path (nothing is downloaded)")
+    try:
+        with open(path, encoding="utf-8") as file:
+            if not lines:
+                return json.load(file)
+            return [json.loads(line) for line in file if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not readable as JSON ({e}); was the download cut short?")
+
+
+def field(row, name, kind, path, number):
+    """row[name], or InputError with file and row number when it is absent or of another type."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(value, kind):
+        expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InputError(f"{path}, row {number}: {name!r} should be {expected} and is {value!r}; mend or remove the row")
+    return value
+
+
+def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed=42):
+    """HA-DPO's preference data → [Example], conversations = [chosen, rejected].
+
+    Order and sampling are the original's: POPE rows first, then the descriptions twice. `keep_correct` keeps the POPE
+    rows that the base model answered right, which the original skips.
+    """
+    index_path = os.path.join(vg_path, "image_data.json")
+    where = {field(row, "image_id", (int, str), index_path, n):
+             os.path.join(vg_path, *field(row, "url", str, index_path, n).split("/")[-2:])
+             for n, row in enumerate(read_json(index_path))}
+
+    def image_of(image_id, path):
+        image_id = int(image_id) if str(image_id).isdigit() else image_id
+        if image_id not in where:
+            raise InputError(f"{path}: image_id {image_id} is not in {index_path}; do both belong to the same data?")
+        return where[image_id]
+
+    def pair(image, question, chosen, rejected):
+        question = f"{IMAGE}\n{question}"
+        return Example(image, [[(question, chosen)], [(question, rejected)]])
+
+    yes_no = []
+    for n, row in enumerate(read_json(pope_data_path)):
+        if not field(row, "correct", bool, pope_data_path, n) or keep_correct:
+            question, chosen, reject = (field(row, name, str, pope_data_path, n) for name in ("question", "chosen", "reject"))
+            yes_no.append(pair(image_of(row.get("image_id"), pope_data_path), question, chosen, reject))
+    descriptions, rng = [], random.Random(seed)
+    for n, (image_id, row) in enumerate(read_json(desc_data_path).items()):
+        chosen, rejected = (field(row, name, list, desc_data_path, n) for name in ("chosen", "rejected"))
+        if not chosen or not rejected:
+            raise InputError(f"{desc_data_path}, image {image_id}: no chosen or no rejected description; remove the row")
+        chosen, rejected = rng.choice(chosen), rng.choice(rejected)
+        descriptions.append(pair(image_of(image_id, desc_data_path), rng.choice(DESCRIBE), chosen, rejected))
+    return yes_no + 2 * descriptions
+
+
+def read_llava(data_path, image_folder):
+    """LLaVA's conversation JSON → [Example] with one conversation each. The image is moved to its turn's beginning."""
+    examples = []
+    for n, row in enumerate(read_json(data_path)):
+        said = field(row, "conversations", list, data_path, n)
+        if said and said[0].get("from") != "human":
+            said = said[1:]
+        if not said or len(said) % 2 or [s.get("from") for s in said] != ["human", "gpt"] * (len(said) // 2):
+            raise InputError(f"{data_path}, row {n}: turns must alternate human, gpt; mend or remove the row")
+        texts = [field(s, "value", str, data_path, n) for s in said]
+        texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text for text in texts]
+        image = os.path.join(image_folder, row["image"]) if row.get("image") else None
+        if sum(text.count(IMAGE) for text in texts) != (image is not None):
+            raise InputError(f"{data_path}, row {n}: has {'an image' if image else 'no image'} but {IMAGE} stands in "
+                             f"{sum(IMAGE in text for text in texts)} of its turns; mend or remove the row")
+        examples.append(Example(image, [list(zip(texts[::2], texts[1::2]))]))
+    return examples
+
+
+def read_pope(pope_path, split):
+    """One of POPE's question files → [{"question_id", "image", "text", "label"}, ...]. Split: random, popular, adversarial."""
+    name = f"coco_pope_{split}.json"
+    folders = [pope_path, os.path.join(pope_path, "output", "coco"), os.path.join(pope_path, "coco")]
+    path = next((os.path.join(f, name) for f in folders if os.path.isfile(os.path.join(f, name))), None)
+    if path is None:
+        raise InputError(f"{pope_path}: holds no {name} (also not in output/coco); --pope_path names POPE's folder")
+    rows = read_json(path, lines=True)
+    for n, row in enumerate(rows):
+        for key in ("image", "text", "label"):
+            field(row, key, str, path, n)
+        if row["label"] not in ("yes", "no"):
+            raise InputError(f"{path}, row {n}: label {row['label']!r} is neither yes nor no")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """Examples, made into rows when asked for: `dataset[[3, 7]]` is the Batch of examples 3 and 7."""
+
+    def __init__(self, examples, tokenizer, preprocess, num_patches, max_length, system=SYSTEM):
+        self.examples, self.tokenizer, self.preprocess, self.system = examples, tokenizer, preprocess, system
+        self.num_patches, self.max_length = num_patches, max_length
+
+    def __len__(self):
+        return len(self.examples)
+
+    def row(self, i):
+        example = self.examples[i]
+        sequences = [encode_conversation(self.tokenizer, c, self.system) for c in example.conversations]
+        return pack(sequences, self.num_patches, self.max_length, example.image)
+
+    def __getitem__(self, indices):
+        return collate([self.row(i) for i in indices], self.preprocess)
+
+
+class ResumableSampler(torch.utils.data.Sampler):
+    """Micro batches of one rank: a permutation per epoch from (seed, epoch), cut into global batches.
+
+    The examples of a global batch depend on neither the number of processes nor the micro batch size. The stream runs
+    over the ends of epochs, so no example is dropped and every batch is full. `start` = optimizer steps already done.
+    """
+
+    def __init__(self, num_examples, steps, global_batch, micro_batch, rank, world_size, seed, start=0):
+        self.num_examples, self.steps, self.start, self.seed = num_examples, steps, start, seed
+        self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
+
+    def __len__(self):
+        return (self.steps - self.start) * self.global_batch // (self.micro_batch * self.world_size)
+
+    def __iter__(self):
+        epoch, order = None, None
+        for first in range(self.start * self.global_batch + self.rank * self.micro_batch,
+                           self.steps * self.global_batch, self.micro_batch * self.world_size):
+            batch = []
+            for k in range(first, first + self.micro_batch):
+                if k // self.num_examples != epoch:
+                    epoch = k // self.num_examples
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+                batch.append(int(order[k % self.num_examples]))
+            yield batch

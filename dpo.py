@@ -1,0 +1,42 @@
+"""Sequence log-probabilities and preference losses: pure functions on tensors.
+
+DPO (arXiv 2305.18290) needs four numbers of a pair: log pi(y_w|x), log pi(y_l|x) of the policy and of the reference.
+Here the rows are packed: answer tokens of both answers stand in one row, and `target_branch` says whose they are
+(1 = chosen, 2 = rejected, 0 = padding). HA-DPO (arXiv 2311.16839) uses the sigmoid loss with beta 0.1.
+
+Deliberately different from eric-mitchell/direct-preference-optimization: logits exist only at answer positions, and
+nothing here knows about models, padding ids or batches that are concatenated and split again.
+"""
+import torch
+import torch.nn.functional as F
+
+CHOSEN, REJECTED = 1, 2
+
+
+def token_logps(logits, target):
+    """log p(target) under logits. logits (..., vocab) in any dtype, target (...) → (...) in fp32, nats."""
+    logits = logits.float()
+    return logits.gather(-1, target[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def sequence_logps(logps, target_branch, num_branches=2):
+    """Sum of the token log-probabilities of each branch: logps, target_branch (B, A) → (B, num_branches)."""
+    branches = torch.arange(1, num_branches + 1, device=logps.device)
+    return (logps[:, :, None] * (target_branch[:, :, None] == branches)).sum(1)
+
+
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    """DPO, eq. 7. All inputs (B,) in nats → losses (B,), chosen rewards (B,), rejected rewards (B,).
+
+    A reward is beta * log(pi / pi_ref), the implicit reward below eq. 5 without its constant. At pi = pi_ref the loss
+    is ln 2 = 0.6931.
+    """
+    chosen_rewards = beta * (policy_chosen - reference_chosen)
+    rejected_rewards = beta * (policy_rejected - reference_rejected)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)                     # eq. 7
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def mean_nll(logps, mask):
+    """Mean negative log-likelihood, in nats per token, of the tokens where mask is true. logps, mask (B, A) → ()."""
+    return -(logps * mask).sum() / mask.sum().clamp(min=1)

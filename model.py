@@ -1,0 +1,180 @@
+"""LLaVA-1.5 with a post-interaction block, in two halves that training and evaluation treat differently.
+
+    Trunk   CLIP tower → projector → LLaMA                pixels and tokens → hidden states      frozen in stages 1 and 2
+    Head    post-interaction block → lm_head              hidden states → logits                 what stages 1 and 2 train
+
+Several heads can share one trunk: the policy and its reference in training, base and checkpoints in evaluation. Logits
+are computed only where an answer token is predicted, never for a whole row.
+
+    trunk, head = Trunk(config), Head(config, BlockConfig(...))
+    hidden, features = trunk(batch)                                       # (B, T, hidden), (N, P, C)
+    logits = head(*answer_states(head, hidden, features, batch))          # (B, A, vocab)
+    tokens, first_logits = generate(trunk, [head, other_head], batch, max_new_tokens=128)[0]
+
+Loading and saving: checkpoint.py. Follows LLaVA-1.5 (arXiv 2310.03744); parameter names are those of its files.
+Deliberately different: `Trunk` has no `lm_head`, and the image's place in the row is expanded by data.py.
+"""
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from clip_vit import CLIPVisionConfig, CLIPVisionTower
+from data import EOS, IMAGE_ID, Batch
+from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask
+from post_decoder import BlockConfig, PostInteractionBlock
+
+
+@dataclass
+class LlavaConfig:
+    """LLaVA-1.5's sizes. `projector_hidden_size` is ours: the projector's inner width where it is not LLaMA's."""
+    text: LlamaConfig = field(default_factory=LlamaConfig)
+    vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    select_layer: int = -2
+    projector_hidden_size: int = None
+    max_length: int = 2048            # tokens of a row, image patches included
+    pad_images: bool = True
+
+    def block(self, **changes):
+        """BlockConfig of this model's sizes: the notes' block has LLaMA's heads and inner width."""
+        source = changes.get("image_source", "clip")
+        sizes = dict(hidden_size=self.text.hidden_size, intermediate_size=self.text.intermediate_size,
+                     num_attention_heads=self.text.num_attention_heads,
+                     mm_hidden_size=self.vision.hidden_size if source == "clip" else self.text.hidden_size)
+        return BlockConfig(**{**sizes, **changes})
+
+
+class Trunk(nn.Module):
+    """Everything before the hidden states. Names: `vision_tower.*`, `model.mm_projector.*`, `model.layers.*`, …"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = CLIPVisionTower(config.vision, config.select_layer)
+        self.model = LlamaModel(config.text)
+        inner = config.projector_hidden_size or config.text.hidden_size
+        self.model.mm_projector = nn.Sequential(nn.Linear(config.vision.hidden_size, inner), nn.GELU(),
+                                                nn.Linear(inner, config.text.hidden_size))
+
+    def embed(self, batch):
+        """Token embeddings with the projected patches in their places, (B, T, hidden), and the features (N, P, C)."""
+        embeds = self.model.embed_tokens(batch.input_ids.clamp(min=0))
+        if batch.pixel_values is None:
+            return embeds, None
+        features = self.vision_tower(batch.pixel_values)                                            # (N, P, C)
+        patches = self.model.mm_projector(features)[batch.image_index[batch.image_index >= 0]]
+        return embeds.masked_scatter((batch.input_ids == IMAGE_ID)[:, :, None], patches.to(embeds.dtype)), features
+
+    def forward(self, batch, cache=None):
+        """Batch → hidden states (B, T, hidden) and tower features (N, P, C), None without images."""
+        embeds, features = self.embed(batch)
+        return self.model(embeds, batch.position, batch.branch, cache), features
+
+    def image_context(self, block, features):
+        """What the block's `image_source` names: the tower's features or the projector's output, (N, P, C')."""
+        return self.model.mm_projector(features) if block.image_source == "projector" else features
+
+
+class Head(nn.Module):
+    """Hidden states → logits. Names: `post_interaction_block.*` (absent when `block` is None) and `lm_head.weight`."""
+
+    def __init__(self, config, block=None):
+        super().__init__()
+        self.post_interaction_block = PostInteractionBlock(block) if block else None
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+    @property
+    def block(self):
+        return self.post_interaction_block.config if self.post_interaction_block else None
+
+    def forward(self, h, context=None, mask=None, wanted=None):
+        """h (B, A, hidden) and what the block looks at → logits (B, A, vocab), or (n, vocab) of the n `wanted` (B, A)."""
+        if self.post_interaction_block is not None:
+            h = self.post_interaction_block(h, context, mask)
+        return self.lm_head(h if wanted is None else h[wanted])
+
+
+def take(x, index):
+    """x (B, T, ...) at index (B, A) → (B, A, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def answer_states(head, hidden, image_context, batch, at=None):
+    """Inputs of `head` for the tokens `at` (B, A), by default those that predict an answer token (`batch.source`).
+
+    image_context (N, P, C), see `Trunk.image_context`. A row without an image looks at zeros.
+    Returns h (B, A, hidden), context, mask.
+    """
+    at = batch.source if at is None else at
+    h, attention = take(hidden, at), head.block.attention if head.block else "none"
+    if attention == "cross":
+        nothing = image_context.new_zeros(1, *image_context.shape[1:])      # found by image_index -1
+        return h, torch.cat((image_context, nothing))[batch.image_index], None
+    if attention == "self":
+        return h, hidden, branch_mask(take(batch.position, at), take(batch.branch, at), batch.position, batch.branch)
+    return h, None, None
+
+
+@torch.inference_mode()
+def generate(trunk, heads, batch, max_new_tokens):
+    """Greedy answers of every branch of every row, by every head, from one pass over the prompts.
+
+    All branches of all rows advance together, one token each per step: a step is a forward of N tokens per row, whose
+    branch ids let each see the prefix and its own past. Returns one (tokens, first_logits) per head: tokens[row][branch]
+    is a list of ids without `</s>`, and first_logits (B, N, vocab) are those of the first answer token.
+    """
+    B, T = batch.input_ids.shape
+    parameter = next(trunk.parameters())
+    steps = min(max_new_tokens, 16)                              # room for short answers; the cache grows for longer ones
+    cache = KVCache(trunk.config.text, B, T + steps * batch.ends.shape[1], parameter.device, parameter.dtype)
+    prompt_hidden, features = trunk(batch, cache)
+    return [_decode(trunk, head, batch, cache, prompt_hidden, features, max_new_tokens) for head in heads]
+
+
+def _decode(trunk, head, batch, cache, hidden, features, max_new_tokens):
+    real = batch.ends >= 0                                                                  # (B, N)
+    at = batch.ends.clamp(min=0)
+    branch = torch.where(real, take(batch.branch, at), PAD_BRANCH)
+    position = take(batch.position, at)
+    context = trunk.image_context(head.block, features) if head.block and features is not None else features
+    cache.length = hidden.shape[1]
+    unfinished, tokens, first_logits = real, [], None
+    seen = Batch(position=batch.position, branch=batch.branch, image_index=batch.image_index)
+    while len(tokens) < max_new_tokens and unfinished.any():
+        logits = head(*answer_states(head, hidden, context, seen, at))                      # (B, N, vocab)
+        first_logits = logits if first_logits is None else first_logits
+        token = torch.where(unfinished, logits.argmax(-1), EOS)                             # (B, N)
+        tokens.append(token)
+        unfinished = unfinished & (token != EOS)
+        position = position + 1
+        step = Batch(input_ids=token, position=position, branch=torch.where(unfinished, branch, PAD_BRANCH))
+        new, _ = trunk(step, cache)                                                         # (B, N, hidden)
+        history = head.block is not None and head.block.attention == "self"
+        hidden = torch.cat((hidden, new), 1) if history else new
+        seen.position, seen.branch = (cache.position[:, :cache.length], cache.branch[:, :cache.length]) if history else \
+            (step.position, step.branch)
+        at = torch.arange(hidden.shape[1] - new.shape[1], hidden.shape[1], device=token.device).expand_as(token)
+    tokens = torch.stack(tokens, -1).tolist()                                               # (B, N, steps)
+    answers = [[ids[:ids.index(EOS)] if EOS in ids else ids for ids, r in zip(row, rs) if r]
+               for row, rs in zip(tokens, real.tolist())]
+    return answers, first_logits
+
+
+def answer(trunk, heads, dataset, max_new_tokens, batch_size=16, indices=None, title=None):
+    """Greedy answers to a PackedDataset of open prompts, longest rows together.
+
+    `indices` are the rows to answer (default all). Returns for every head {index: ([text of each branch],
+    first_logits (branches, vocab))}. Shows a progress bar when it has a title.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    size = {i: len(dataset.row(i).input_ids) for i in indices}
+    order = sorted(indices, key=size.get, reverse=True)
+    parameter, results = next(trunk.parameters()), [{} for _ in heads]
+    for start in tqdm(range(0, len(order), batch_size), title, disable=title is None, unit="batch", leave=False):
+        chosen = order[start:start + batch_size]
+        batch = dataset[chosen].to(parameter.device, parameter.dtype)
+        for result, (tokens, first_logits) in zip(results, generate(trunk, heads, batch, max_new_tokens)):
+            for i, ids, logits in zip(chosen, tokens, first_logits.float().cpu()):
+                result[i] = [dataset.tokenizer.decode(t) for t in ids], logits[:len(ids)].clone()
+    return results
