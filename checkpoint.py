@@ -150,8 +150,14 @@ def load_base(folder, vision_tower=None, dtype=None, device="cpu"):
     return trunk, head, tokenizer, preprocess
 
 
-def save_base(folder, trunk, head, tokenizer):
-    """Write a whole model in LLaVA's layout, the tower in `vision_tower/`. Atomic."""
+def save_base(folder, trunk, head, tokenizer, tensors=None):
+    """Write a whole model in LLaVA's layout, the tower in `vision_tower/`. Atomic.
+
+    `tensors` {public name: tensor} stand in for the modules' own, which under ZeRO-3 are in pieces.
+    """
+    tensors = tensors or dict(trunk.state_dict()) | dict(head.state_dict())
+    tower = {k.removeprefix("vision_tower."): v.contiguous() for k, v in tensors.items() if k.startswith("vision_tower.")}
+    rest = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("vision_tower.")}
     config, partial = trunk.config, folder.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(os.path.join(partial, "vision_tower"))
@@ -163,9 +169,8 @@ def save_base(folder, trunk, head, tokenizer):
               "tokenizer_model_max_length": config.max_length}
     write_json(os.path.join(partial, "config.json"), values)
     write_json(os.path.join(partial, "vision_tower", "config.json"), {"model_type": "clip_vision_model", **asdict(config.vision)})
-    save_file({f"model.{k}": v.contiguous() for k, v in trunk.model.state_dict().items()} | dict(head.state_dict()),
-              os.path.join(partial, "model.safetensors"), {"format": "pt"})
-    save_file(dict(trunk.vision_tower.state_dict()), os.path.join(partial, "vision_tower", "model.safetensors"), {"format": "pt"})
+    save_file(rest, os.path.join(partial, "model.safetensors"), {"format": "pt"})
+    save_file(tower, os.path.join(partial, "vision_tower", "model.safetensors"), {"format": "pt"})
     shutil.copyfile(tokenizer.path, os.path.join(partial, "tokenizer.model"))
     put_in_place(partial, folder)
 

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall for seconds where cores are shared
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -105,7 +106,9 @@ def load_all(args, device, dtype):
     tower = args.vision_tower or (read_config(trained[0]).get("vision_tower") if trained else None)
     trunk, base_head, tokenizer, preprocess = load_base(base, tower, dtype, device)
     mark = fingerprint(trunk, base_head)
-    heads = {"base": base_head} | {os.path.relpath(c): load_trained(c, trunk.config, base_head, mark, dtype, device) for c in trained}
+    names = [os.path.basename(c.rstrip("/")) for c in trained]
+    names = names if len(set(names)) == len(names) else [c.rstrip("/").replace("/", "-").lstrip(".-") for c in trained]
+    heads = {"base": base_head} | {name: load_trained(c, trunk.config, base_head, mark, dtype, device) for name, c in zip(names, trained)}
     return trunk, heads, tokenizer, preprocess
 
 
@@ -145,9 +148,10 @@ def evaluate(args):
         raise InputError(f"{image_folder}: no such folder; --coco_path names the folder that holds val2014")
     on_gpu, rank = torch.cuda.is_available(), int(os.environ.get("RANK", 0))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    bf16 = on_gpu if args.bf16 is None else args.bf16
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")                     # only answers are exchanged
-    trunk, heads, tokenizer, preprocess = load_all(args, device, torch.bfloat16 if on_gpu else torch.float32)
+    trunk, heads, tokenizer, preprocess = load_all(args, device, torch.bfloat16 if bf16 else torch.float32)
     distinct = list(dict.fromkeys((q["image"], q["text"]) for rows in questions.values() for q in rows))
     if rank == 0:
         print(f"{len(distinct)} distinct questions about {len({i for i, _ in distinct})} images, {len(heads)} models, "
@@ -164,7 +168,7 @@ def evaluate(args):
     os.makedirs(folder, exist_ok=True)
     for name in heads:
         for split, rows in questions.items():
-            path = os.path.join(folder, f"{name.replace(os.sep, '_')}_{split}.jsonl")
+            path = os.path.join(folder, f"{name}_{split}.jsonl")
             with open(path, "w", encoding="utf-8") as file:
                 for q in rows:
                     text, yes_score = said[name][q["image"], q["text"]]
@@ -185,6 +189,7 @@ def main():
     parser.add_argument("--protocol", choices=PROTOCOLS, default="hadpo")
     parser.add_argument("--max_new_tokens", type=int, help="default: the protocol's")
     parser.add_argument("--batch_size", type=int, default=16, help="images at once; default 16")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--output_dir", help="default: CKPT/pope of the first checkpoint")
     evaluate(parser.parse_args())
     if dist.is_initialized():

@@ -24,35 +24,26 @@ import sys
 import time
 from dataclasses import asdict
 
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall for seconds where cores are shared
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import shapes
-from checkpoint import (fingerprint, is_trained, load_base, load_trained, put_in_place, read_config, save_base, save_trained,
-                        write_json)
-from clip_vit import CLIPVisionConfig
-from data import (IGNORE, IMAGE, Example, ImageProcessor, InputError, PackedDataset, ResumableSampler, Tokenizer, check_images,
-                  read_hadpo, read_json, read_llava)
+from checkpoint import fingerprint, is_trained, load_base, load_trained, save_base, save_trained
+from data import IGNORE, InputError, PackedDataset, ResumableSampler, check_images, read_hadpo, read_json, read_llava
 from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
 from features import keep_features
-from llama import LlamaConfig
-from model import Head, LlavaConfig, Trunk, answer, answer_states
+from model import Head, answer_states
 from post_decoder import VARIANTS
+from tiny import TINY, prepare_tiny_world
 
 STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}
-# Defaults by stage. REAL: the training notes' and HA-DPO's. TINY: chosen on the tiny world's validation images.
+# Defaults by stage with a real model: the training notes' and LLaVA's. The tiny world's are in tiny.py.
 REAL = {0: dict(learning_rate=2e-5, num_train_epochs=1, per_device_train_batch_size=16, sft_weight=0.0, warmup_ratio=0.03),
         1: dict(learning_rate=5e-7, num_train_epochs=1, per_device_train_batch_size=4, sft_weight=0.0, warmup_ratio=0.0)}
 REAL[2] = REAL[1]
-TINY = {0: dict(learning_rate=3e-3, num_train_epochs=2, per_device_train_batch_size=32, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=3e-3, num_train_epochs=12, per_device_train_batch_size=128, sft_weight=0.1, warmup_ratio=0.0)}
-TINY[2] = TINY[1]
 GLOBAL_BATCH = 128
-TINY_LLAVA = LlavaConfig(LlamaConfig(0, 96, 240, 3, 4, 4, 512), CLIPVisionConfig(96, 384, 4, 4, 48, 8), select_layer=-1,
-                         projector_hidden_size=4, max_length=512)
 MONITORED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen",
              "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "nll")
 
@@ -133,7 +124,9 @@ def deepspeed_config(args, world_size, on_gpu):
     config |= {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro,
                "gradient_accumulation_steps": total // (micro * world_size)}
     config.setdefault("steps_per_print", 10 ** 9)                    # the loop narrates itself
-    config.setdefault("bf16", {"enabled": on_gpu})
+    config.setdefault("bf16", {"enabled": on_gpu})                   # on a CPU fp32 is the faster one
+    if args.bf16 is not None:
+        config["bf16"] = {"enabled": args.bf16}
     config.setdefault("zero_allow_untested_optimizer", True)
     return config
 
@@ -158,7 +151,7 @@ def start_deepspeed():
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")               # or it warns that it found none
     os.environ.setdefault("DS_BUILD_OPS", "0")
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29500)):
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
         os.environ.setdefault(name, str(value))                      # `python train.py` is one process
     import logging
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # "No CUDA runtime is found" on a CPU
@@ -199,7 +192,7 @@ def train(args):
     base = fingerprint(trunk, base_head)
     torch.manual_seed(args.seed)
     head, start = base_head, "the base"
-    if args.stage and args.init and is_trained(args.init):
+    if args.stage and args.init != "identity":
         head, start = load_trained(args.init, trunk.config, base_head, base, dtype, device), args.init
     elif args.stage and args.block != "head":
         head, start = Head(trunk.config, trunk.config.block(**VARIANTS[args.block])).to(device, dtype), "an identity block"
@@ -219,7 +212,7 @@ def train(args):
     say(f"stage {args.stage} from {start}: {len(trained)} tensors trained ({', '.join(STAGES[args.stage])}, "
         f"{sum(p.numel() for p in trained.values()):,} numbers); {len(examples):,} examples, {steps} steps of {global_batch} = "
         f"{args.per_device_train_batch_size} × {config['gradient_accumulation_steps']} × {world_size}, "
-        f"learning rate {args.learning_rate:g}, {str(dtype).removeprefix('torch.')}, ZeRO-{config['zero_optimization']['stage']}")
+        f"learning rate {args.learning_rate:g}, {str(dtype).removeprefix('torch.')}, ZeRO-{config.get('zero_optimization', {}).get('stage', 0)}")
     engine, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)
     sampler = ResumableSampler(len(rows), steps, global_batch, args.per_device_train_batch_size, rank, world_size, args.seed)
     loader = torch.utils.data.DataLoader(rows, batch_size=None, sampler=sampler, num_workers=args.dataloader_num_workers,
@@ -228,7 +221,8 @@ def train(args):
     metrics_path = os.path.join(args.output_dir + ".run", "metrics.jsonl")
     with open(metrics_path if rank == 0 else os.devnull, "w") as log:
         run_steps(engine, loader, steps, device, dtype, trained, log, args.logging_steps, global_batch)
-    save(deepspeed, args, engine, trunk, head, trained, tokenizer, base, steps, metrics_path, config["zero_optimization"]["stage"])
+    save(deepspeed, args, trunk, head, trained, tokenizer, base, steps, metrics_path, config.get("zero_optimization", {}).get("stage", 0))
+    engine.destroy()
 
 
 def as_is(batch):
@@ -278,18 +272,18 @@ def check_gradients(trained, engine):
             raise RuntimeError(f"trained tensors without a gradient: {', '.join(without)}")
 
 
-def save(deepspeed, args, engine, trunk, head, trained, tokenizer, base, steps, metrics_path, zero_stage):
+def save(deepspeed, args, trunk, head, trained, tokenizer, base, steps, metrics_path, zero_stage):
     """Gather what was trained, one tensor at a time, and let rank 0 write it."""
-    names = list(trained) if args.stage == 0 else [n for n in head.state_dict() if n in trained or n.startswith("post_interaction")]
     parameters = dict(trunk.named_parameters()) | dict(head.named_parameters())
+    wanted = [n for n in parameters if args.stage == 0 or n in trained or n.startswith("post_interaction_block.")]
     tensors = {}
-    for name in names:
+    for name in wanted:
         with deepspeed.zero.GatheredParameters([parameters[name]], enabled=zero_stage == 3):
             if dist.get_rank() == 0:
                 tensors[name] = parameters[name].detach().cpu().clone()
     if dist.get_rank() == 0:
         if args.stage == 0:
-            save_base(args.output_dir, trunk, head, tokenizer)
+            save_base(args.output_dir, trunk, head, tokenizer, tensors)
         else:
             info = {"stage": args.stage, "base": args.model_name_or_path, "vision_tower": args.vision_tower, "fingerprint": base,
                     "block": asdict(head.block) if head.block else None, "steps": steps,
@@ -301,71 +295,6 @@ def save(deepspeed, args, engine, trunk, head, trained, tokenizer, base, steps, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tiny world
-
-
-def prepare_tiny_world(args):
-    """World, tower, base and preference data, each made once beside `output_dir`; then `args` name them as paths."""
-    root = os.path.dirname(os.path.abspath(args.output_dir))
-    root = os.path.relpath(root) if not os.path.relpath(root).startswith("..") else root
-    world, tower, base = (os.path.join(root, name) for name in ("world", "tower", "base"))
-    _, rank, _, device = start_deepspeed()
-    if rank == 0 and not os.path.isdir(world):
-        say(f"no world in {world}: rendering it (seed {args.seed})")
-        shapes.make_world(world, args.seed, shapes.Sizes(**args.tiny_sizes))
-    if rank == 0 and not os.path.isdir(base):
-        say(f"no base model in {base}: pre-training a vision tower, then stage 0 (once; about 5 minutes on two cores)")
-        make_untrained_base(args, os.path.join(root, "untrained"), world, device)
-    dist.barrier()
-    seed = read_json(os.path.join(world, "world.json"))["seed"]
-    if seed != args.seed:
-        raise InputError(f"{world}: was made with --seed {seed}, not {args.seed}; name another --output_dir, e.g. out/seed{args.seed}/stage{args.stage}")
-    llava = dict(data_path=os.path.join(world, "llava", "train.json"), image_folder=os.path.join(world, "llava", "images"))
-    if not os.path.isdir(base):
-        train(argparse.Namespace(**vars(args) | TINY[0] | llava | dict(
-            stage=0, model_name_or_path=os.path.join(root, "untrained"), vision_tower=None, output_dir=base, deepspeed=None,
-            default_batch=32, per_device_train_batch_size=32 // dist.get_world_size(), gradient_accumulation_steps=None,
-            max_steps=args.tiny_base_steps, weight_decay=0.0)))
-    hadpo = os.path.join(world, "hadpo")
-    if rank == 0 and not os.path.isdir(hadpo):
-        mine_preferences(world, base, device)
-    dist.barrier()
-    for name, value in llava.items() | dict(model_name_or_path=base, vg_path=os.path.join(world, "VG"),
-                                            desc_data_path=os.path.join(hadpo, "desc_data.json"),
-                                            pope_data_path=os.path.join(hadpo, "pope_data.json")).items():
-        setattr(args, name, value)
-
-
-def make_untrained_base(args, folder, world, device):
-    """A random tiny LLaVA around a pre-trained tower, written as a base."""
-    torch.manual_seed(args.seed)
-    tokenizer, config = Tokenizer(os.path.join(world, "tokenizer.model")), copy.deepcopy(TINY_LLAVA)
-    config.text.vocab_size = len(tokenizer)
-    trunk, head = Trunk(config), Head(config)
-    for module in (*trunk.model.modules(), head.lm_head):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)                                        # as LLaMA is initialised
-    auc = shapes.pretrain_tower(trunk.vision_tower.to(device), args.seed, **args.tiny_tower)
-    say(f"vision tower: mean AUC of the classes {auc:.3f}")
-    save_base(folder, trunk.cpu(), head, tokenizer)
-
-
-def mine_preferences(world, base, device):
-    """Ask the base every preference question and write HA-DPO's files from its answers."""
-    trunk, head, tokenizer, preprocess = load_base(base, device=device)
-    vg = os.path.join(world, "VG")
-    where = {row["image_id"]: os.path.join(vg, *row["url"].split("/")[-2:]) for row in read_json(os.path.join(vg, "image_data.json"))}
-    rows = read_json(os.path.join(world, "preference.json"))
-    asked = [[q["question"] for q in row["questions"]] + [row["describe"]] for row in rows]
-    examples = [Example(where[row["image_id"]], [[(f"{IMAGE}\n{q}", None)] for q in questions]) for row, questions in zip(rows, asked)]
-    dataset = PackedDataset(examples, tokenizer, preprocess, trunk.config.vision.num_patches, trunk.config.max_length)
-    answers, = answer(trunk, [head], dataset, 40, batch_size=64, title="asking the base")
-    counts = shapes.write_preferences(world, {(row["image_id"], q): a for i, (row, questions) in enumerate(zip(rows, asked))
-                                              for q, a in zip(questions, answers[i][0])})
-    say(f"preference data from the base's own answers: {counts}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -373,7 +302,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("what is trained")
     group.add_argument("--stage", type=int, choices=STAGES, default=2, help="0 supervised base, 1 block, 2 block and lm_head")
-    group.add_argument("--init", help="trained checkpoint to start from; default for stage 2: stage1 beside --output_dir")
+    group.add_argument("--init", help="trained checkpoint to start from, or identity; default for stage 2: stage1 beside "
+                       "--output_dir, if there is one")
     group.add_argument("--block", choices=["head", *VARIANTS], default="full", help="the block's variant; head = no block")
     group.add_argument("--beta", type=float, default=0.1, help="DPO's beta")
     group.add_argument("--sft_weight", type=float, help="weight of the chosen answer's mean NLL beside the DPO loss")
@@ -398,6 +328,8 @@ def parse(argv=None):
     group.add_argument("--seed", type=int, default=42)
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", help="default: out/stageN")
+    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: what the DeepSpeed file says, "
+                       "or bf16 on a GPU and fp32 on a CPU")
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, global batch 128")
     group.add_argument("--logging_steps", type=int, default=1)
     group.add_argument("--dataloader_num_workers", type=int, default=0)
@@ -412,7 +344,7 @@ def parse(argv=None):
             setattr(args, name, value)
     args.output_dir = (args.output_dir or f"out/stage{args.stage}").rstrip("/")
     beside = os.path.join(os.path.dirname(args.output_dir), "stage1")
-    args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else None)
+    args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else "identity")
     args.default_batch = GLOBAL_BATCH
     if args.keep_correct is None:
         args.keep_correct = tiny
@@ -425,15 +357,15 @@ def parse(argv=None):
                              + ", ".join(f"--{n}" for n in needed))
         if not os.path.exists(getattr(args, name)):
             raise InputError(f"--{name} {getattr(args, name)}: no such file or folder")
-    if args.init:
-        read_config(args.init)
+    if args.init != "identity" and not is_trained(args.init):
+        raise InputError(f"--init {args.init}: is no trained checkpoint of ours")
     return args
 
 
 def main():
     args = parse()
     if args.model_name_or_path is None:
-        prepare_tiny_world(args)
+        prepare_tiny_world(args, train, device=start_deepspeed()[-1])
     if args.stage or not os.path.isdir(args.output_dir):
         train(args)
     world = os.path.join(os.path.dirname(args.output_dir), "world")

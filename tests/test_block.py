@@ -1,0 +1,106 @@
+"""The post-interaction block against a transcription of its four equations (DESIGN 5), for every ablation.
+
+The transcription shares no code with post_decoder.py: heads are looped over, softmax and GELU are written out.
+"""
+import math
+
+import pytest
+import torch
+from conftest import largest_difference, shake, small_config
+
+from llama import branch_mask
+from post_decoder import VARIANTS, PostInteractionBlock
+
+B, T, P = 2, 7, 9
+
+
+def normed(x, w, name):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    return (x - mean) / (variance + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def attention(query, context, w, name, heads, causal):
+    q, k, v = query @ w[f"{name}.q_proj.weight"].T, context @ w[f"{name}.k_proj.weight"].T, context @ w[f"{name}.v_proj.weight"].T
+    out, D = [], q.shape[-1] // heads
+    for part in (slice(n * D, n * D + D) for n in range(heads)):
+        scores = q[..., part] @ k[..., part].mT * D ** -0.5
+        if causal:
+            scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+        e = (scores - scores.max(-1, keepdim=True).values).exp()
+        out.append(e / e.sum(-1, keepdim=True) @ v[..., part])
+    return torch.cat(out, -1) @ w[f"{name}.out_proj.weight"].T
+
+
+def mlp(x, w, name):
+    x = x @ w[f"{name}.fc1.weight"].T
+    return (x / (1 + (-x).exp())) @ w[f"{name}.fc2.weight"].T
+
+
+def transcription(w, h, F, config):
+    if config.attention == "cross":
+        F = F @ w["align.fc1.weight"].T + w["align.fc1.bias"]
+        if config.align == "mlp":
+            F = F / 2 * (1 + torch.erf(F / 2 ** 0.5)) @ w["align.fc2.weight"].T + w["align.fc2.bias"]
+        F = normed(F, w, "image_norm")                                                              # f
+    out = h
+    for name in (f"blocks.{n}" for n in range(config.depth)):
+        x = normed(out, w, f"{name}.layer_norm1")
+        if config.attention == "none":
+            out = out + mlp(x, w, f"{name}.mlp")
+            continue
+        kind = f"{name}.{config.attention}_attn"
+        a = out + attention(x, F if config.attention == "cross" else x, w, kind, config.num_attention_heads, config.attention == "self")
+        out = a + mlp(normed(a, w, f"{name}.layer_norm2"), w, f"{name}.mlp")                        # b
+    return out + h if config.outer_residual else out
+
+
+CASES = [(variant, depth, outer) for variant in VARIANTS for depth in (1, 2) for outer in (False, True)
+         if depth == 1 or variant != "self_attn"]
+
+
+def make(variant, depth, outer, zero_init):
+    torch.manual_seed(0)
+    block = PostInteractionBlock(small_config().block(**VARIANTS[variant], depth=depth, outer_residual=outer, zero_init=zero_init))
+    h, F = torch.randn(B, T, block.config.hidden_size), torch.randn(B, P, block.config.mm_hidden_size)
+    position, branch = torch.arange(T).expand(B, T), torch.zeros(B, T, dtype=torch.long)
+    by_self = block.config.attention == "self"
+    return block, h, F, (h, h, branch_mask(position, branch, position, branch)) if by_self else (h, F)
+
+
+@pytest.mark.parametrize("variant, depth, outer", CASES)
+def test_equations(variant, depth, outer):
+    block, h, F, inputs = make(variant, depth, outer, zero_init=False)
+    shake(block)
+    expected = transcription(block.state_dict(), h, F, block.config)
+    assert (expected - h).abs().mean() > 0.1                                     # it does something
+    assert largest_difference(f"{variant}, depth {depth}, outer residual {outer}", block(*inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant, depth, outer", CASES)
+def test_starts_as_the_identity(variant, depth, outer):
+    """Bit by bit h (2h in the original's form), and yet not stuck there: the zeroed matrices have a gradient."""
+    block, h, F, inputs = make(variant, depth, outer, zero_init=True)
+    out = block(*inputs)
+    assert torch.equal(out, 2 * h if outer else h)
+    out.square().sum().backward()
+    zeroed = {name: p for name, p in block.named_parameters() if not p.any() and p.dim() == 2}
+    assert len(zeroed) == depth * (1 if block.config.attention == "none" else 2)
+    assert all(p.grad.abs().max() > 1e-3 for p in zeroed.values())
+
+
+def test_names_are_those_of_the_notes_files():
+    block, *_ = make("full", 1, True, zero_init=False)
+    expected = {f"align.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
+    expected |= {f"{norm}.{kind}" for norm in ("image_norm", "blocks.0.layer_norm1", "blocks.0.layer_norm2") for kind in ("weight", "bias")}
+    expected |= {f"blocks.0.cross_attn.{x}_proj.weight" for x in ("q", "k", "v", "out")} | {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"}
+    assert set(block.state_dict()) == expected
+
+
+def test_sizes_of_the_7b_model_are_the_defaults():
+    """The shapes that the notes' files have."""
+    from model import LlavaConfig
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in PostInteractionBlock(LlavaConfig().block()).named_parameters()}
+    assert shapes["align.fc1.weight"] == (11008, 1024) and shapes["align.fc2.weight"] == (4096, 11008)
+    assert shapes["blocks.0.cross_attn.q_proj.weight"] == (4096, 4096) and shapes["blocks.0.mlp.fc1.weight"] == (11008, 4096)
+    assert LlavaConfig().block().num_attention_heads == 32

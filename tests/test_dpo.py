@@ -1,0 +1,68 @@
+"""dpo.py against numbers worked out by hand."""
+import math
+
+import torch
+from conftest import largest_difference
+
+from dpo import dpo_loss, mean_nll, sequence_logps, token_logps
+
+
+def test_dpo_loss_by_hand():
+    # pair 1: the policy likes the chosen answer more than the reference does, and the rejected one less
+    #     rewards  0.5 * (-2 - -3) = 0.5   and   0.5 * (-5 - -4) = -0.5;   loss = -ln sigmoid(1) = ln(1 + 1/e) = 0.3132617
+    # pair 2: the other way round
+    #     rewards  0.5 * (-10 - -6) = -2   and   0.5 * (-1 - -3) = 1;      loss = -ln sigmoid(-3) = ln(1 + e^3) = 3.0485874
+    losses, chosen, rejected = dpo_loss(torch.tensor([-2., -10.]), torch.tensor([-5., -1.]), torch.tensor([-3., -6.]),
+                                        torch.tensor([-4., -3.]), beta=0.5)
+    assert chosen.tolist() == [0.5, -2] and rejected.tolist() == [-0.5, 1]
+    assert largest_difference("losses", losses, torch.tensor([0.3132617, 3.0485874])) < 1e-6
+
+
+def test_ln_2_where_policy_and_reference_agree():
+    logps = torch.tensor([-1.5, -300., 0.]), torch.tensor([-2.5, -0.1, -70.])
+    losses, chosen, rejected = dpo_loss(*logps, *logps, beta=0.1)
+    assert largest_difference("against ln 2", losses, torch.full((3,), math.log(2))) < 1e-7
+    assert not chosen.any() and not rejected.any()
+
+
+def test_gradient_and_extremes():
+    # dL/d(chosen) = -beta * sigmoid(-margin); at margin 0 that is -0.1 / 2, and the opposite for the rejected answer.
+    policy = [torch.tensor([x], requires_grad=True) for x in (-4., -4.)]
+    losses, *rewards = dpo_loss(*policy, torch.tensor([-4.]), torch.tensor([-4.]), beta=0.1)
+    losses.sum().backward()
+    assert largest_difference("gradients", torch.cat([p.grad for p in policy]), torch.tensor([-0.05, 0.05])) < 1e-8
+    assert not any(r.requires_grad for r in rewards)
+    # A margin of -200: exp(200) is no fp32 number, the loss is 200 all the same.
+    losses, *_ = dpo_loss(torch.tensor([-2000.]), torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=0.1)
+    assert losses.item() == 200
+
+
+def test_token_logps_by_hand():
+    # Unnormalised probabilities 1, 2, 3 are 1/6, 1/3, 1/2 of the whole.
+    logits = torch.tensor([[[1., 2., 3.]] * 3]).log()
+    expected = torch.tensor([[1 / 6, 1 / 3, 1 / 2]]).log()
+    assert largest_difference("log-probs", token_logps(logits, torch.tensor([[0, 1, 2]])), expected) < 1e-6
+
+
+def test_token_logps_of_bf16_logits_are_fp32():
+    # 32,000 equal logits: -ln 32000 = -10.3735, which bf16 would round to -10.375; and no rounding elsewhere either.
+    flat = token_logps(torch.zeros(1, 32000, dtype=torch.bfloat16), torch.tensor([17]))
+    assert flat.dtype == torch.float32 and largest_difference("flat", flat, [-math.log(32000)]) < 1e-5
+    torch.manual_seed(0)
+    logits, target = (4 * torch.randn(5, 7, 1000)).bfloat16(), torch.randint(1000, (5, 7))
+    expected = torch.log_softmax(logits.double(), -1).gather(-1, target[..., None])[..., 0]
+    assert largest_difference("bf16 logits", token_logps(logits, target), expected) < 1e-5
+
+
+def test_sequence_logps_with_padding():
+    # Branch 0 is padding, whatever stands there; a branch without tokens sums to 0; order within a row does not matter.
+    logps = torch.tensor([[-1., -2., -4., -8.], [-16., -32., 99., 99.]])
+    branch = torch.tensor([[1, 2, 1, 2], [2, 2, 0, 0]])
+    assert sequence_logps(logps, branch).tolist() == [[-5, -10], [0, -48]]
+    assert sequence_logps(logps, branch, num_branches=3).tolist() == [[-5, -10, 0], [0, -48, 0]]
+
+
+def test_mean_nll_by_hand():
+    logps, mask = torch.tensor([[-1., -2.], [-6., 50.]]), torch.tensor([[True, True], [True, False]])
+    assert mean_nll(logps, mask).item() == 3                                     # (1 + 2 + 6) / 3: per token, not per row
+    assert mean_nll(logps, mask & False).item() == 0

@@ -1,0 +1,156 @@
+"""Number for number what the original code gave: inputs and results of a run of HA-DPO's and the notes' own programs.
+
+The folder (a tiny random LLaVA with the real LLaMA tokenizer, HA-DPO's files, `golden.pt`) is ../shared/golden or what the
+environment variable GOLDEN names. Sizes, layers and seeds are read from it. Without it this chapter is skipped.
+"""
+import os
+
+import pytest
+import torch
+from conftest import ROOT, largest_difference
+
+from checkpoint import fill, load_base, read_config, read_file
+from data import BOS, EOS, IMAGE, IMAGE_ID, SYSTEM_HADPO_EVAL, PackedDataset, collate, encode_conversation, pack, read_hadpo
+from dpo import dpo_loss, sequence_logps, token_logps
+from llama import branch_mask
+from model import Head, answer_states, generate
+from post_decoder import VARIANTS, BlockConfig, PostInteractionBlock
+
+GOLDEN = os.path.abspath(os.environ.get("GOLDEN", os.path.join(ROOT, "..", "shared", "golden")))
+pytestmark = pytest.mark.skipif(not os.path.isfile(os.path.join(GOLDEN, "golden.pt")),
+                                reason=f"no golden.pt in {GOLDEN}; the environment variable GOLDEN names its folder")
+OUR_NAME = {"align_after_align_no_ca": "no_cross_attn_v2", "self_attn_causal": "self_attn"}      # the others are called alike
+BETA = 0.1
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return torch.load(os.path.join(GOLDEN, "golden.pt"), weights_only=False)         # our own file: lists and dicts of tensors
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """trunk, head, tokenizer, preprocess"""
+    return load_base(os.path.join(GOLDEN, "llava-tiny"), vision_tower=os.path.join(GOLDEN, "clip-vit-tiny"))
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return read_hadpo(*(os.path.join(GOLDEN, name) for name in ("desc_data.json", "pope_data.json", "VG")))
+
+
+def trained_head(trunk, name):
+    """A head from the notes' files, in the original's form: with the outer residual."""
+    with torch.device("meta"):
+        head = Head(trunk.config, trunk.config.block(outer_residual=True))
+    return fill(head, read_file(os.path.join(GOLDEN, name)), name)
+
+
+@pytest.fixture(scope="module")
+def pairs(llava, examples):
+    """One pass over all pairs: policy head, batch, and the log-probs (pairs, 2) of policy and reference."""
+    trunk, _, tokenizer, preprocess = llava
+    dataset = PackedDataset(examples, tokenizer, preprocess, trunk.config.vision.num_patches, trunk.config.max_length)
+    batch = dataset[range(len(dataset))]
+    hidden, features = trunk(batch)
+    policy, reference = trained_head(trunk, "non_lora_trainables.bin").requires_grad_(True), trained_head(trunk, "reference_trainables.bin")
+    logps = [sequence_logps(token_logps(head(*answer_states(head, hidden, features, batch)), batch.target.clamp(min=0)), batch.target_branch)
+             for head in (policy, reference)]
+    return policy, *logps
+
+
+def test_tokenizer(golden, llava):
+    """The original's tokenizer turns `</s>` and `<s>` in a text into control tokens. Ours does not: whoever can write into
+    an answer could end it there, or a question about HTML would begin a new sequence. All other texts are equal."""
+    tokenizer = llava[2]
+    for text, expected in golden["tok"]:
+        ids = [BOS]
+        for n, chunk in enumerate(text.split(IMAGE)):
+            ids += ([IMAGE_ID] if n else []) + tokenizer.encode(chunk)
+        if any(mark in text for mark in ("<s>", "</s>", "<unk>")):
+            assert not {BOS, EOS} & set(ids[1:])
+            assert tokenizer.decode([i for i in ids if i != IMAGE_ID]) == text.replace(IMAGE, "")
+        else:
+            assert ids == list(expected), text
+
+
+def test_multi_turn_labels(golden, llava):
+    for row in golden["convs"]:
+        texts = [turn["value"] for turn in row["conv"]]
+        texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}" if IMAGE in text else text for text in texts]
+        ids, labels = encode_conversation(llava[2], list(zip(texts[::2], texts[1::2])))
+        assert ids == row["input_ids"].tolist() and labels == row["labels"].tolist()
+
+
+def test_order_tokens_labels_pixels(golden, llava, examples):
+    _, _, tokenizer, preprocess = llava
+    worst = 0
+    for example, said, item in zip(examples, golden["list"], golden["items"], strict=True):
+        assert os.path.relpath(example.image, GOLDEN) == os.path.normpath(said["image"])
+        for kind, conversation in zip(("chosen", "reject"), example.conversations, strict=True):
+            assert conversation == [tuple(turn["value"] for turn in said[f"{kind}_conversations"])]
+            ids, labels = encode_conversation(tokenizer, conversation)
+            assert ids == item[f"{kind}_input_ids"].tolist() and labels == item[f"{kind}_labels"].tolist()
+        worst = max(worst, largest_difference(os.path.basename(example.image), preprocess(example.image).half(), item["images"]))
+    assert worst == 0                                                            # they were kept in fp16
+
+
+def test_logps(golden, pairs):
+    for name, logps in zip(("policy", "ref"), pairs[1:]):
+        for n, kind in enumerate(("chosen", "rejected")):
+            assert largest_difference(f"{name} {kind}", logps[:, n], golden[f"{name}_{kind}"]) < 1e-4
+
+
+def test_losses_rewards_gradients(golden, pairs):
+    head, policy, reference = pairs
+    losses, chosen, rejected = dpo_loss(*policy.unbind(1), *reference.unbind(1), BETA)
+    assert largest_difference("losses", losses, golden["losses"]) < 1e-4
+    assert largest_difference("chosen rewards", chosen, golden["chosen_rewards"]) < 1e-4
+    assert largest_difference("rejected rewards", rejected, golden["rejected_rewards"]) < 1e-4
+
+    losses.mean().backward(retain_graph=True)
+    gradients = {name: p.grad for name, p in head.named_parameters()}
+    lm_head = gradients.pop("lm_head.weight")
+    assert gradients.keys() == golden["grads"].keys()
+    relative = {name: ((gradients[name] - g).norm() / g.norm()).item() for name, g in golden["grads"].items()}
+    rows, expected = golden["lm_head_grad_rows"]
+    relative["lm_head rows"] = ((lm_head[rows] - expected).norm() / expected.norm()).item()
+    relative["lm_head norm"] = (lm_head.norm() / golden["lm_head_grad_norm"] - 1).abs().item()
+    worst = max(relative, key=relative.get)
+    print(f"gradients of {len(relative)} tensors: largest relative difference {relative[worst]:.2e} ({worst})")
+    assert relative[worst] < 1e-4 and all(g.norm() > 0 for g in golden["grads"].values())
+
+
+def test_prompts_and_answers(golden, llava):
+    """Logits of the whole prompt, then greedy tokens and their text, decoded with the cache."""
+    trunk, _, tokenizer, preprocess = llava
+    head = trained_head(trunk, "non_lora_trainables.bin")
+    for case in golden["gen"]:
+        ids, labels = encode_conversation(tokenizer, [(f"{IMAGE}\n{case['question']}", None)], SYSTEM_HADPO_EVAL)
+        assert ids == case["input_ids"].tolist()
+        batch = collate([pack([(ids, labels)], trunk.config.vision.num_patches, trunk.config.max_length, os.path.join(GOLDEN, case["image"]))], preprocess)
+        hidden, features = trunk(batch)
+        logits = head(*answer_states(head, hidden, features, batch, torch.arange(hidden.shape[1])[None]))[0]
+        assert largest_difference("last logits", logits[-len(case["last_logits"]):], case["last_logits"]) < 1e-4
+        # Sums of a whole vocabulary: fp32 rounding of the 32,000 terms is what is left.
+        assert largest_difference("logit sums", logits.double().sum(-1), case["logit_sums"]) < 1e-3
+        (answers, _), = generate(trunk, [head], batch, len(case["generated"]))
+        expected = case["generated"].tolist()
+        assert answers[0][0] == (expected[:expected.index(EOS)] if EOS in expected else expected)
+        assert tokenizer.decode(answers[0][0]) == case["text"]
+
+
+def test_variants(golden):
+    heads = read_config(os.path.join(GOLDEN, "llava-tiny"))["num_attention_heads"]
+    for name, case in golden["variants"].items():
+        h, F, state = case["hidden_states"], case["image_features"], case["state_dict"]
+        config = BlockConfig(hidden_size=h.shape[-1], mm_hidden_size=F.shape[-1], intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
+                             num_attention_heads=heads, outer_residual=True, **VARIANTS[OUR_NAME.get(name, name)])
+        block = PostInteractionBlock(config).requires_grad_(False)
+        # The original builds `align` even where nothing reads it; we do not.
+        unused = () if config.attention == "cross" else ("align.", "image_norm.")
+        block.load_state_dict({key: t for key, t in state.items() if not key.startswith(unused)} if unused else state)
+        position = torch.arange(h.shape[1]).expand(len(h), -1)
+        mask = branch_mask(position, 0 * position, position, 0 * position)
+        out = block(h, *((h, mask) if config.attention == "self" else (F,)))
+        assert largest_difference(name, out, case["output"]) < 1e-5

@@ -1,0 +1,337 @@
+"""Training: what gets a gradient, what stays as it was, and that one process and several do the same thing.
+
+The first half takes the pieces of train.py one by one; the second half starts real runs on the session's tiny world.
+"""
+import csv
+import json
+import math
+import os
+from argparse import Namespace
+from glob import glob
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, dpo_flags, free_port, largest_difference, load_json, preference_rows, shake, succeeds
+
+import train
+from checkpoint import fingerprint, load_base, load_trained, read_file
+from data import ImageProcessor, InputError, PackedDataset, ResumableSampler, read_llava
+from features import keep_features
+from model import Head
+from post_decoder import VARIANTS
+from train import STAGES, Objective, cosine, deepspeed_config, set_trained
+
+SOME = [5, 17, 2, 40, 41, 90, 150]       # rows of the preference data: question pairs, and (150) a description
+
+
+def base_and_head(world, variant="full", zero_init=True):
+    """The session's base with a block on top; `lm_head` is the base's own."""
+    trunk, base_head, *_ = load_base(world.base)
+    head = Head(trunk.config, trunk.config.block(**VARIANTS[variant], zero_init=zero_init) if variant else None)
+    if not zero_init:
+        shake(head)
+    head.lm_head = base_head.lm_head
+    return trunk, head
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and gradients
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+@pytest.mark.parametrize("stage", (1, 2))
+def test_first_loss_is_ln_2(world, variant, stage):
+    torch.manual_seed(0)
+    trunk, head = base_and_head(world, variant)
+    set_trained(trunk, head, STAGES[stage])
+    loss, metrics = Objective(trunk, head, "dpo", beta=0.1, sft_weight=0.0)(preference_rows(world, trunk)[SOME])
+    assert largest_difference("loss against ln 2", loss, math.log(2)) < 1e-6
+    assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0 and metrics["logps/chosen"] != metrics["logps/rejected"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_reach_the_stages_tensors_and_no_other(world, stage):
+    """With a block that is no longer the identity (there, most gradients are exactly 0) every trained tensor learns."""
+    torch.manual_seed(0)
+    trunk, head = base_and_head(world, "full" if stage else None, zero_init=False)
+    named = dict(trunk.named_parameters()) | dict(head.named_parameters())
+    expected = {name for name in named if name.startswith({0: ("model.", "lm_head."), 1: "post_interaction_block.",
+                                                          2: ("post_interaction_block.", "lm_head.")}[stage])}
+    trained = set_trained(trunk, head, STAGES[stage])
+    assert set(trained) == expected and all(trained[name] is named[name] for name in expected)
+    rows = preference_rows(world, trunk)
+    if stage == 0:
+        rows = PackedDataset(read_llava(world.llava, world.images), rows.tokenizer, rows.preprocess, rows.num_patches, rows.max_length)
+    objective = Objective(trunk, head, "dpo" if stage else "sft", beta=0.1, sft_weight=0.0)
+    objective(rows[SOME[:6]])[0].backward()
+    without = {name for name, p in objective.named_parameters() if p.grad is None}
+    assert not any(p.requires_grad for name, p in objective.named_parameters() if name.startswith("reference."))
+    assert {name for name, p in named.items() if p.grad is not None} == expected, without
+    zero = [name for name in expected if not named[name].grad.any()]
+    assert not zero
+
+
+def test_sft_weight_adds_the_chosen_answers_nll(world):
+    trunk, head = base_and_head(world, "full", zero_init=False)
+    batch = preference_rows(world, trunk)[SOME]
+    plain, metrics = Objective(trunk, head, "dpo", 0.1, 0.0)(batch)
+    weighted, _ = Objective(trunk, head, "dpo", 0.1, 0.5)(batch)
+    tokens = (batch.target_branch == 1).sum()
+    nll = -metrics["logps/chosen"] * len(SOME) / tokens                          # mean over the tokens of all chosen answers
+    assert largest_difference("weighted loss", weighted, plain + 0.5 * nll) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept features
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+def test_kept_features_give_the_same_losses(world, tmp_path, variant):
+    trunk, head = base_and_head(world, variant, zero_init=False)
+    dataset = preference_rows(world, trunk)
+    kept = keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
+    assert len(kept) == len(dataset)
+    reference = base_and_head(world, variant, zero_init=False)[1]
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter *= 0.9                                                     # or all rewards are 0 and compare nothing
+    results = []
+    for rows, with_trunk in ((dataset, trunk), (kept, None)):
+        objective = Objective(with_trunk, head, "dpo", 0.1, 0.1)
+        objective.reference = reference
+        _, metrics = objective(rows[SOME])
+        results.append(torch.stack(list(metrics.values())))
+    assert results[0][1].abs() > 1e-3
+    assert largest_difference(f"metrics with block {variant}", *results) < 1e-4
+
+
+def test_interrupted_pass_goes_on(world, tmp_path, monkeypatch):
+    """Killed after three batches, the next run does the rest, and a third run does nothing."""
+    trunk, head = base_and_head(world)
+    dataset, forward, passes = preference_rows(world, trunk), trunk.forward, []
+
+    def counted(batch, cache=None):
+        if len(passes) == limit:
+            raise KeyboardInterrupt
+        passes.append(len(batch.input_ids))
+        return forward(batch, cache)
+
+    monkeypatch.setattr(trunk, "forward", counted)
+    limit = 3
+    with pytest.raises(KeyboardInterrupt):
+        keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
+    limit = None
+    kept = keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
+    assert passes[:3] == [16] * 3 and sum(passes) == len(dataset)                # no row twice
+    keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
+    assert sum(passes) == len(dataset) and len(os.listdir(tmp_path)) == 1
+
+    whole = keep_features(str(tmp_path / "whole"), dataset, trunk, head.block, "base", batch_size=16)
+    for name in ("hidden", "features"):
+        assert largest_difference(f"{name}, interrupted or not", getattr(kept, name), getattr(whole, name)) < 1e-5
+
+
+def test_kept_features_belong_to_base_data_and_preprocessing(world, tmp_path):
+    trunk, head = base_and_head(world)
+    dataset = preference_rows(world, trunk)
+    dataset.examples = dataset.examples[:8]
+    keep = lambda base="base", block=head.block: keep_features(str(tmp_path), dataset, trunk, block, base, 16)
+    keep(), keep("another base"), keep(block=base_and_head(world, "align_after_align")[1].block)
+    dataset.examples = dataset.examples[:7]
+    keep()
+    dataset.preprocess = ImageProcessor(24, pad=False)
+    keep()
+    assert len(os.listdir(tmp_path)) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order, schedule, configuration
+
+
+def global_batches(world_size, micro, steps=7, start=0, seed=42, examples=22, size=8):
+    """Per step the set of examples that all ranks together see."""
+    ranks = [list(ResumableSampler(examples, steps, size, micro, rank, world_size, seed, start)) for rank in range(world_size)]
+    assert all(len(batches) == (steps - start) * size // (micro * world_size) for batches in ranks)
+    per_step = size // (micro * world_size)
+    return [sorted(i for batches in ranks for batch in batches[s * per_step:(s + 1) * per_step] for i in batch) for s in range(steps - start)]
+
+
+def test_global_batches_do_not_depend_on_the_number_of_processes():
+    expected = global_batches(1, 8)
+    for world_size, micro in ((1, 1), (1, 4), (2, 4), (2, 2), (4, 1), (8, 1)):
+        assert global_batches(world_size, micro) == expected
+    assert global_batches(1, 8, seed=43) != expected
+    assert global_batches(2, 2, start=3) == expected[3:]                         # resumed
+
+
+def test_every_epoch_sees_every_example_once():
+    stream = [i for batch in ResumableSampler(22, 11, 8, 8, 0, 1, 42) for i in batch]             # 88 = 4 epochs
+    epochs = [stream[n:n + 22] for n in range(0, 88, 22)]
+    assert all(sorted(epoch) == list(range(22)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert len(ResumableSampler(22, 11, 8, 2, 1, 2, 42)) == 11 * 2
+
+
+def test_cosine():
+    # 4 steps of warm-up, 8 of cosine: half way down, the factor is a half.
+    assert [cosine(step, 12, 4) for step in (0, 1, 3, 4)] == [0, 0.25, 0.75, 1]
+    assert largest_difference("cosine", [cosine(6, 12, 4), cosine(8, 12, 4), cosine(12, 12, 4), cosine(99, 12, 4)],
+                              [0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0, 0]) < 1e-12
+    assert cosine(0, 5, 0) == 1
+
+
+def configured(tmp_path, content, micro, accumulation=None, processes=1):
+    path = None
+    if content is not None:
+        path = str(tmp_path / "ds.json")
+        with open(path, "w") as file:
+            json.dump(content, file)
+    return deepspeed_config(Namespace(deepspeed=path, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
+                                      default_batch=128), processes, False)
+
+
+@pytest.mark.parametrize("content, micro, accumulation, processes, total, steps", (
+    (None, 4, None, 1, 128, 32), (None, 4, None, 2, 128, 16), (None, 4, 2, 2, 16, 2), ({"train_batch_size": 12}, 3, None, 2, 12, 2),
+    ({"train_batch_size": 12}, 3, 2, 2, 12, 2), ({"zero_optimization": {"stage": 3}}, 64, None, 2, 128, 1)))
+def test_batch_arithmetic(tmp_path, content, micro, accumulation, processes, total, steps):
+    config = configured(tmp_path, content, micro, accumulation, processes)
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (total, micro, steps)
+    assert total == micro * steps * processes                                    # what DeepSpeed insists on
+
+
+@pytest.mark.parametrize("content, micro, accumulation, processes, said", (
+    ({"train_batch_size": 128}, 3, None, 1, ("128 = 3 per device", "1 processes", "2 or 4")),
+    ({"train_batch_size": 16}, 16, None, 2, ("16 = 16 per device", "2 processes", "8")),
+    ({"train_batch_size": 8}, 2, 3, 1, ("8 = 2 per device", "3 accumulation", "accumulation 4")),
+    ({"train_batch_size": 3}, 1, None, 2, ("3 = 1 per device", "2 processes")),                       # nothing would fit
+    ({"train_batch_size": 8, "gradient_clipping": "auto"}, 8, None, 1, ("ds.json", "gradient_clipping", "auto")),
+    ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 8, None, 1, ("zero_optimization.reduce_bucket_size",)),
+    ({"train_batch_size": "auto"}, 8, None, 1, ("train_batch_size", "auto"))))
+def test_impossible_configurations_are_explained(tmp_path, content, micro, accumulation, processes, said):
+    with pytest.raises(InputError) as error:
+        configured(tmp_path, content, micro, accumulation, processes)
+    print(error.value)
+    assert all(part in str(error.value) for part in said)
+
+
+def test_the_shipped_configuration_is_plain(tmp_path):
+    for processes in (1, 2, 4, 8):
+        config = configured(tmp_path, load_json(os.path.join(ROOT, "ds_zero3.json")), 4, None, processes)
+        assert config["zero_optimization"]["stage"] == 3 and config["train_batch_size"] == 128
+    assert not any("offload" in key for key in config["zero_optimization"])      # pitfall 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real runs
+
+
+STEPS, GLOBAL_BATCH = 5, 8
+LOGGED = {"step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen", "logps/rejected",
+          "logps/reference_chosen", "logps/reference_rejected", "learning_rate", "grad_norm", "pairs_per_second"}
+
+
+def typed(world, folder, name, zero_stage, *flags, **ds):
+    """Flags of a stage-2 run of five steps with a DeepSpeed file of its own."""
+    config = folder / f"{name}.json"
+    config.write_text(json.dumps({"train_batch_size": GLOBAL_BATCH, "zero_optimization": {"stage": zero_stage}, **ds}))
+    return ["train.py", "--stage", 2, "--deepspeed", config, "--output_dir", folder / name, "--max_steps", STEPS,
+            "--learning_rate", 1e-2, "--keep_correct", *flags, *dpo_flags(world)]
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """The same five steps twice: one process under ZeRO-0; two under ZeRO-3 with gradient accumulation. → folder"""
+    folder = tmp_path_factory.mktemp("runs")
+    before = {path: open(path, "rb").read() for path in glob(f"{world.base}/**/*.*", recursive=True)}
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "monitor"}}
+    print(succeeds("python", *typed(world, folder, "one", 0, "--per_device_train_batch_size", 8, **monitor)))
+    print(succeeds("deepspeed", "--num_gpus", 2, *typed(world, folder, "two", 3, "--per_device_train_batch_size", 2)))
+    assert before == {path: open(path, "rb").read() for path in before}          # a run writes nothing into its base
+    return folder
+
+
+def logged(folder, name):
+    with open(folder / name / "metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_zero3_on_two_processes_follows_zero0_on_one(runs):
+    one, two = logged(runs, "one"), logged(runs, "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, STEPS + 1))
+    assert largest_difference("first loss against ln 2", one[0]["loss"], math.log(2)) < 1e-6
+    losses = [[row["loss"] for row in rows] for rows in (one, two)]
+    print("losses", losses)
+    assert abs(losses[0][-1] - losses[0][0]) > 0.01                              # they went somewhere
+    assert largest_difference("losses", *losses) < 1e-3
+    for name in LOGGED - {"step", "pairs_per_second"}:
+        ours, theirs = ([row[name] for row in rows] for rows in (two, one))
+        assert largest_difference(name, ours, theirs) < 2e-3 * max(1, np.abs(theirs).max())
+    tensors = [read_file(str(runs / name / "trained.safetensors")) for name in ("one", "two")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert max(largest_difference(key, get(), tensors[1][key]()) for key, get in tensors[0].items()) < 1e-2
+
+
+def test_every_metric_is_logged(runs):
+    for name in ("one", "two"):
+        for row in logged(runs, name):
+            assert LOGGED <= row.keys() and all(math.isfinite(value) for value in row.values())
+            assert row["grad_norm"] > 0 and row["pairs_per_second"] > 0
+            assert largest_difference("margin", row["rewards/margin"], row["rewards/chosen"] - row["rewards/rejected"]) < 1e-5
+        rates = [row["learning_rate"] for row in logged(runs, name)]
+        assert largest_difference("learning rates", rates, [1e-2 * cosine(step, STEPS, 0) for step in range(STEPS)]) < 1e-9
+
+
+def test_deepspeeds_own_monitor_writes(runs):
+    files = glob(str(runs / "csv" / "**" / "*.csv"), recursive=True)
+    rows = {os.path.basename(path): list(csv.reader(open(path))) for path in files}
+    loss, = (table for name, table in rows.items() if name.endswith("_loss.csv"))
+    assert largest_difference("CSV against metrics.jsonl", [float(row[1]) for row in loss[1:]], [row["loss"] for row in logged(runs, "one")]) < 1e-5
+    assert len(files) >= len(LOGGED) - 1
+
+
+def test_checkpoint_holds_exactly_what_was_trained(world, runs):
+    trunk, base_head, *_ = load_base(world.base)
+    expected = {name: p.shape for name, p in Head(trunk.config, trunk.config.block()).named_parameters()}
+    for name in ("one", "two"):
+        assert sorted(os.listdir(runs / name)) == ["config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors"]
+        tensors = {key: get() for key, get in read_file(str(runs / name / "trained.safetensors")).items()}
+        assert {key: t.shape for key, t in tensors.items()} == expected
+        assert all(t.any() and t.isfinite().all() for t in tensors.values())     # pitfalls 14 and 15: nothing empty
+        assert load_json(runs / name / "config.json")["fingerprint"] == fingerprint(trunk, base_head)
+        head = load_trained(str(runs / name), trunk.config, base_head, fingerprint(trunk, base_head))
+        assert all(torch.equal(t, tensors[key]) for key, t in head.state_dict().items())
+    assert not glob(str(runs / "*.partial")) and not glob(str(runs / "*.run"))
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """DeepSpeed as one process, here, so that a run's modules can be looked at afterwards."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), DS_ACCELERATOR="cpu",
+                            DS_BUILD_OPS=0).items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_frozen_tensors_are_bit_identical_after_training(world, tmp_path, monkeypatch, in_this_process):
+    """The modules of real runs, after their last step, against the base loaded again; stage by stage."""
+    for stage in STAGES:
+        seen = []
+        monkeypatch.setattr(train, "load_base", lambda *args, **options: seen.append(load_base(*args, **options)) or seen[-1])
+        data = ["--data_path", world.llava, "--image_folder", world.images, "--model_name_or_path", world.base] if stage == 0 else dpo_flags(world)
+        train.train(train.parse(["--stage", str(stage), "--output_dir", str(tmp_path / f"stage{stage}"), "--max_steps", "2", "--learning_rate", "1e-2",
+                                 "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--keep_correct", *data]))
+        (trunk, head, *_), (fresh_trunk, fresh_head, *_) = seen[0], load_base(world.base)
+        after = trunk.state_dict() | head.state_dict()
+        before = fresh_trunk.state_dict() | fresh_head.state_dict()
+        changed = {key for key in before if not torch.equal(after[key], before[key])}
+        assert changed == {0: {key for key in before if key.startswith(("model.", "lm_head."))}, 1: set(), 2: {"lm_head.weight"}}[stage]
+        assert (fingerprint(trunk, head) == fingerprint(fresh_trunk, fresh_head)) is (stage == 1)
+        if stage:
+            names = read_file(str(tmp_path / f"stage{stage}" / "trained.safetensors"))
+            assert {name.split(".")[0] for name in names} == {1: {"post_interaction_block"}, 2: {"post_interaction_block", "lm_head"}}[stage]
+        else:
+            saved = load_base(str(tmp_path / "stage0"))
+            assert all(torch.equal(t, after[key]) for key, t in (saved[0].state_dict() | saved[1].state_dict()).items())
