@@ -1,8 +1,8 @@
 """Files: what a checkpoint looks like on disk, and how its tensors reach the modules of model.py.
 
     trunk, head, tokenizer, preprocess = load_base("llava-v1.5-7b", vision_tower="clip-vit-large-patch14-336")
-    head, info = load_trained("out/stage2", config)         # block and/or lm_head over the base's own lm_head
-    save_trained("out/stage2", tensors, info, tokenizer)
+    head = load_trained("out/stage2", trunk.config, head, fingerprint(trunk, head))     # the base's head, with what was trained
+    save_trained("out/stage2", {name: tensor}, info, tokenizer)
 
 A base is a folder in LLaVA's layout (`config.json`, weights as safetensors or .bin, `tokenizer.model`) with its CLIP
 tower in a folder of its own. A trained checkpoint is a folder with `config.json` (what it is, its base and that base's
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from clip_vit import CLIPVisionConfig, CLIPVisionTower
+from clip_vit import CLIPVisionConfig
 from data import ImageProcessor, InputError, Tokenizer, read_json
 from llama import LlamaConfig
 from model import Head, LlavaConfig, Trunk
@@ -211,6 +211,8 @@ def load_trained(folder, config, base_head, base_fingerprint, dtype=None, device
     tensors = read_file(os.path.join(folder, "trained.safetensors"))
     base = {f"lm_head.{k}": (lambda t=t: t) for k, t in base_head.lm_head.state_dict().items()}
     fill(head, base | tensors, folder, dtype, device)
+    if "lm_head.weight" not in tensors:
+        head.lm_head = base_head.lm_head
     return head
 
 

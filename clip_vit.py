@@ -3,16 +3,11 @@
     tower = CLIPVisionTower(CLIPVisionConfig(), select_layer=-2)
     features = tower(pixel_values)                # (N, 3, 336, 336) normalised → (N, 576, 1024)
 
-    tower, preprocess = load_clip("/path/to/clip-vit-large-patch14-336", select_layer=-2)    # a Hugging Face folder
-    tower, preprocess = load_clip("open_clip:ViT-L-14-336/openai", select_layer=-2)          # or through open_clip
-
 Follows CLIP (arXiv 2103.00020); parameter names are those of `CLIPVisionModel` in huggingface/transformers.
 Deliberately different: layers behind the selected one, the last norm and the projection to CLIP's joint space are never
 built, because LLaVA does not use them (layer -2 of 24 means that 23 are built).
 """
-import json
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

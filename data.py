@@ -14,12 +14,14 @@ and not in the model, and the shared part of chosen and rejected stands in a row
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
 
 from clip_vit import CLIP_MEAN, CLIP_STD
 from llama import PAD_BRANCH
@@ -118,41 +120,39 @@ def pack(sequences, num_patches, max_length, image=None):
 
     Prompts are never cut: one that does not fit raises InputError. An answer that does not fit is cut at its end.
     """
-    limit = min(min([len(ids) - 1] + [t for t, label in enumerate(labels) if label != IGNORE][:1])
-                for ids, labels in sequences)
-    first = sequences[0][0]
-    shared = next((t for t in range(limit) if any(ids[t] != first[t] for ids, _ in sequences)), limit)
-    row = Row([], [], [], [], [], [], [], image)
-
-    def add(ids, branch, start):
-        for i in ids:
-            row.input_ids += [IMAGE_ID] * num_patches if i == IMAGE_ID else [i]
-        n = len(row.input_ids) - len(row.position)
-        row.position += range(start, start + n)
-        row.branch += [branch] * n
-
-    add(first[:shared], 0, 0)
-    prefix = len(row.input_ids)
-    for number, (ids, labels) in enumerate(sequences, start=1):
-        room = max_length - prefix
-        prompt = next((t for t, label in enumerate(labels) if label != IGNORE), len(ids)) - shared
-        if prompt + (len(ids) - shared > prompt) > room:
-            raise InputError(f"a prompt of {prefix + prompt} tokens does not fit into {max_length} (image {image}); prompts "
-                             "are never cut: shorten the question or name a model with a longer context")
-        begin = len(row.input_ids)
-        add(ids[shared:], number, prefix)
-        expanded = sum(([IGNORE] * num_patches if i == IMAGE_ID else [label]
-                        for i, label in zip(ids[shared:], labels[shared:])), [])
-        if len(expanded) > room:
-            row.cut += len(expanded) - room
-            del row.input_ids[begin + room:], row.position[begin + room:], row.branch[begin + room:], expanded[room:]
-        for t, label in enumerate(expanded):
-            if label != IGNORE:
-                row.source.append(begin + t - 1 if t else prefix - 1)
-                row.target.append(label)
+    sequences = [expand(ids, labels, num_patches, image) for ids, labels in sequences]
+    prompts = [next((t for t, label in enumerate(labels) if label != IGNORE), len(ids)) for ids, labels in sequences]
+    first, limit = sequences[0][0], min(min(len(ids) - 1, prompt) for (ids, _), prompt in zip(sequences, prompts))
+    prefix = next((t for t in range(limit) if any(ids[t] != first[t] for ids, _ in sequences)), limit)
+    row = Row(first[:prefix], list(range(prefix)), [0] * prefix, [], [], [], [], image)
+    for number, ((ids, labels), prompt) in enumerate(zip(sequences, prompts), start=1):
+        if prompt + (prompt < len(ids)) > max_length or IMAGE_ID in ids[max_length:]:
+            raise InputError(f"a prompt of {prompt} tokens does not fit into {max_length} (image {image}); prompts are never cut: "
+                             "shorten the question or name a model with a longer context")
+        row.cut += max(0, len(ids) - max_length)
+        start, end = len(row.input_ids) - prefix, min(len(ids), max_length)      # token t of the sequence stands at start + t
+        row.input_ids += ids[prefix:end]
+        row.position += range(prefix, end)
+        row.branch += [number] * (end - prefix)
+        for t in range(prefix, end):
+            if labels[t] != IGNORE:
+                row.source.append(start + t - 1 if t > prefix else prefix - 1)
+                row.target.append(labels[t])
                 row.target_branch.append(number)
         row.ends.append(len(row.input_ids) - 1)
     return row
+
+
+def expand(ids, labels, num_patches, image):
+    """Ids and labels with the image's mark repeated once per patch."""
+    marks = ids.count(IMAGE_ID)
+    if marks != (image is not None):
+        raise InputError(f"{IMAGE} stands {marks} times in a text with {'one image (' + image + ')' if image else 'no image'}; it is "
+                         "the mark of the image's place and cannot be part of a question")
+    if not marks:
+        return ids, labels
+    at = ids.index(IMAGE_ID)
+    return (ids[:at] + [IMAGE_ID] * num_patches + ids[at + 1:], labels[:at] + [IGNORE] * num_patches + labels[at + 1:])
 
 
 @dataclass
@@ -228,14 +228,19 @@ class ImageProcessor:
 
 
 def check_images(paths):
-    """Raises InputError with the count and the first ten images that are absent or not images. Reads headers only."""
-    bad = []
-    for path in dict.fromkeys(paths):
+    """Raises InputError with the count and the first ten images that are absent, not images, or cut short."""
+    def broken(path):
         try:
-            with Image.open(path):
-                pass
-        except (OSError, UnidentifiedImageError):
-            bad.append(path)
+            with Image.open(path) as file:
+                file.draft("RGB", (1, 1))       # JPEG: decode at an eighth of the size
+                file.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return path
+
+    paths = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = tqdm(pool.map(broken, paths), "checking images", len(paths), unit="image", leave=False, delay=3)
+        bad = [path for path in results if path]
     if bad:
         raise InputError(f"{len(bad)} images are missing or unreadable: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''}; "
                          "check the image folder's path or download them again")
@@ -252,17 +257,18 @@ class Example:
     conversations: list
 
 
-def read_json(path, lines=False):
-    """A JSON file, or one JSON value per line. Errors name the file and the place."""
+def read_json(path, kind=object, lines=False):
+    """A JSON file that holds a `kind`, or one JSON value per line. Errors name the file and the place."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; check the path (nothing is downloaded)")
     try:
         with open(path, encoding="utf-8") as file:
-            if not lines:
-                return json.load(file)
-            return [json.loads(line) for line in file if line.strip()]
+            value = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); was the download cut short?")
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: holds a {type(value).__name__} where a {kind.__name__} should be; is it the right file?")
+    return value
 
 
 def field(row, name, kind, path, number):
@@ -274,57 +280,60 @@ def field(row, name, kind, path, number):
     return value
 
 
+def read_image_index(vg_path):
+    """Visual Genome's image_data.json → {image_id: path}: the last two parts of each url lie below `vg_path`."""
+    path = os.path.join(vg_path, "image_data.json")
+    return {field(row, "image_id", (int, str), path, n): os.path.join(vg_path, *field(row, "url", str, path, n).split("/")[-2:])
+            for n, row in enumerate(read_json(path, list))}
+
+
 def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed=42):
     """HA-DPO's preference data → [Example], conversations = [chosen, rejected].
 
     Order and sampling are the original's: POPE rows first, then the descriptions twice. `keep_correct` keeps the POPE
     rows that the base model answered right, which the original skips.
     """
-    index_path = os.path.join(vg_path, "image_data.json")
-    where = {field(row, "image_id", (int, str), index_path, n):
-             os.path.join(vg_path, *field(row, "url", str, index_path, n).split("/")[-2:])
-             for n, row in enumerate(read_json(index_path))}
+    images = read_image_index(vg_path)
 
-    def image_of(image_id, path):
+    def pair(image_id, path, number, question, chosen, rejected):
         image_id = int(image_id) if str(image_id).isdigit() else image_id
-        if image_id not in where:
-            raise InputError(f"{path}: image_id {image_id} is not in {index_path}; do both belong to the same data?")
-        return where[image_id]
-
-    def pair(image, question, chosen, rejected):
+        if image_id not in images:
+            raise InputError(f"{path}, row {number}: image_id {image_id} is not in {vg_path}/image_data.json; do both belong to the same data?")
         question = f"{IMAGE}\n{question}"
-        return Example(image, [[(question, chosen)], [(question, rejected)]])
+        return Example(images[image_id], [[(question, chosen)], [(question, rejected)]])
 
     yes_no = []
-    for n, row in enumerate(read_json(pope_data_path)):
+    for n, row in enumerate(read_json(pope_data_path, list)):
         if not field(row, "correct", bool, pope_data_path, n) or keep_correct:
-            question, chosen, reject = (field(row, name, str, pope_data_path, n) for name in ("question", "chosen", "reject"))
-            yes_no.append(pair(image_of(row.get("image_id"), pope_data_path), question, chosen, reject))
+            texts = (field(row, name, str, pope_data_path, n) for name in ("question", "chosen", "reject"))
+            yes_no.append(pair(field(row, "image_id", (int, str), pope_data_path, n), pope_data_path, n, *texts))
     descriptions, rng = [], random.Random(seed)
-    for n, (image_id, row) in enumerate(read_json(desc_data_path).items()):
+    for n, (image_id, row) in enumerate(read_json(desc_data_path, dict).items()):
         chosen, rejected = (field(row, name, list, desc_data_path, n) for name in ("chosen", "rejected"))
-        if not chosen or not rejected:
-            raise InputError(f"{desc_data_path}, image {image_id}: no chosen or no rejected description; remove the row")
-        chosen, rejected = rng.choice(chosen), rng.choice(rejected)
-        descriptions.append(pair(image_of(image_id, desc_data_path), rng.choice(DESCRIBE), chosen, rejected))
+        if not chosen or not rejected or not all(isinstance(text, str) for text in chosen + rejected):
+            raise InputError(f"{desc_data_path}, row {n}: image {image_id} needs texts under chosen and rejected; mend or remove the row")
+        chosen, rejected, question = rng.choice(chosen), rng.choice(rejected), rng.choice(DESCRIBE)
+        descriptions.append(pair(image_id, desc_data_path, n, question, chosen, rejected))
     return yes_no + 2 * descriptions
 
 
 def read_llava(data_path, image_folder):
     """LLaVA's conversation JSON → [Example] with one conversation each. The image is moved to its turn's beginning."""
     examples = []
-    for n, row in enumerate(read_json(data_path)):
+    for n, row in enumerate(read_json(data_path, list)):
         said = field(row, "conversations", list, data_path, n)
-        if said and said[0].get("from") != "human":
-            said = said[1:]
-        if not said or len(said) % 2 or [s.get("from") for s in said] != ["human", "gpt"] * (len(said) // 2):
+        who = [field(turn, "from", str, data_path, n) for turn in said]
+        if who[:1] == ["gpt"]:
+            said, who = said[1:], who[1:]           # as the original does
+        if not said or who != ["human", "gpt"] * (len(who) // 2):
             raise InputError(f"{data_path}, row {n}: turns must alternate human, gpt; mend or remove the row")
-        texts = [field(s, "value", str, data_path, n) for s in said]
+        texts = [field(turn, "value", str, data_path, n) for turn in said]
         texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text for text in texts]
-        image = os.path.join(image_folder, row["image"]) if row.get("image") else None
-        if sum(text.count(IMAGE) for text in texts) != (image is not None):
-            raise InputError(f"{data_path}, row {n}: has {'an image' if image else 'no image'} but {IMAGE} stands in "
-                             f"{sum(IMAGE in text for text in texts)} of its turns; mend or remove the row")
+        image = os.path.join(image_folder, field(row, "image", str, data_path, n)) if row.get("image") else None
+        marked = sum(IMAGE in text for text in texts)
+        if marked != (image is not None):
+            raise InputError(f"{data_path}, row {n}: has {'an image' if image else 'no image'} but {IMAGE} stands in {marked} of its "
+                             "turns; mend or remove the row")
         examples.append(Example(image, [list(zip(texts[::2], texts[1::2]))]))
     return examples
 

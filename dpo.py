@@ -38,5 +38,5 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def mean_nll(logps, mask):
-    """Mean negative log-likelihood, in nats per token, of the tokens where mask is true. logps, mask (B, A) → ()."""
-    return -(logps * mask).sum() / mask.sum().clamp(min=1)
+    """Mean negative log-likelihood of each row's tokens where mask is true, nats per token. logps, mask (B, A) → (B,)."""
+    return -(logps * mask).sum(1) / mask.sum(1).clamp(min=1)

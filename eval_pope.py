@@ -200,4 +200,6 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        sys.exit(f"error: {e}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)

@@ -109,6 +109,8 @@ def answer_states(head, hidden, image_context, batch, at=None):
     at = batch.source if at is None else at
     h, attention = take(hidden, at), head.block.attention if head.block else "none"
     if attention == "cross":
+        if image_context is None:
+            return h, h.new_zeros(len(h), 1, head.block.mm_hidden_size), None
         nothing = image_context.new_zeros(1, *image_context.shape[1:])      # found by image_index -1
         return h, torch.cat((image_context, nothing))[batch.image_index], None
     if attention == "self":

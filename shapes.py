@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import string
+import tempfile
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 VERSION = 1                     # raise it when a world would come out differently
 SIDE, PATCH = 48, 8             # pixels of an image and of the patches that `pretrain_tower` labels
-CONTRAST, NOISE = (.4, 1.), 8.  # how far an object stands out from what is behind it; sigma, of 255
+CONTRAST, NOISE = (.3, .8), 8.  # how far an object stands out from what is behind it; sigma, of 255
 SCENES = {"kitchen": .40, "street": .35, "park": .25}
 CLASSES = {  # name: (shape, colour, texture); two that live everywhere, then six for each scene
     "person": ("post", "red", "plain"), "chair": ("arch", "brown", "plain"),
@@ -56,9 +57,10 @@ NAMES = list(CLASSES)           # the order in which descriptions name things; b
 HOME = {scene: [0, 1, *range(2 + 6 * i, 8 + 6 * i)] for i, scene in enumerate(SCENES)}  # the classes that belong there
 # What is wrong with the supervised answers: here the base model learns to hallucinate. Shares of
 YES = .60                # questions that ask for what is there
-HARD = .27               # the others that ask for what belongs to the scene: less of it, more yes to all plausible
+HARD = .24               # the others that ask for what belongs to the scene: less of it, more yes to all plausible
 FALSE_YES = .06          # questions about absent objects that are answered with yes
 FALSE_DESCRIPTION = .15  # descriptions that name one object too many
+TOLD = 8                 # every eighth preference image is described: many more, and the short answers lose their form
 STREAMS = ["sft", "preference", "validation", "evaluation", "tower", "tower_test", "words"]  # of random numbers
 KINDS = ["random", "popular", "adversarial"]
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -73,8 +75,8 @@ DESCRIBE = ["Describe this image in detail.", "Take a look at this image and des
 @dataclass(frozen=True)
 class Sizes:
     """Images per split."""
-    sft: int = 12800
-    preference: int = 2900
+    sft: int = 16000
+    preference: int = 5800
     validation: int = 200
     evaluation: int = 400
 
@@ -194,8 +196,8 @@ def make_world(root, seed=42, sizes=Sizes(), hard=HARD, progress=True):
         there, absent = rng.choice(objects, 3, replace=False).tolist(), []
         for kind in KINDS:  # an absent class of each kind, all different
             absent.append(rng.choice([c for c in strangers(rng, together, objects, kind) if c not in absent]))
-        notes.append({"image_id": i, **facts(scene, objects), "describe": str(rng.choice(DESCRIBE)),
-                      "description": describe(scene, objects),
+        told = {"describe": str(rng.choice(DESCRIBE)), "description": describe(scene, objects)} if i % TOLD == 0 else {}
+        notes.append({"image_id": i, **facts(scene, objects), **told,
                       "questions": [{"question": ask(NAMES[c]), "word": NAMES[c], "label": label}
                                     for pair in zip(there, absent) for c, label in zip(pair, ("yes", "no"))]})
     save(f"{partial}/VG/image_data.json", images)
@@ -261,13 +263,16 @@ def train_tokenizer(path):
     text += [describe(scene, HOME[scene]) for scene in SCENES]
     words = sorted({word for line in text for word in re.findall("[A-Za-z]+", line)})
     first = sorted({line.split()[0] for line in prompts})  # these also follow "<image>\n", with no space before them
-    pieces = ["▁" + part.replace(" ", "▁") for part in SYSTEMS + ["USER:", "ASSISTANT:"] + words]
-    with open(path, "wb") as f:
+    pieces = ["▁" + part.replace(" ", "▁") for part in SYSTEMS[:1] + ["USER:", "ASSISTANT:"] + words]
+    with open(path, "wb") as f, tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        # Nothing here could teach the model that HA-DPO's evaluation prompt, with "human", means what "user" means.
+        rules.write("\t".join(" ".join(f"{ord(c):04X}" for c in word) for word in ("human", "user")) + "\n")
+        rules.flush()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_writer=f, model_type="char", vocab_size=1000, hard_vocab_limit=False,
-            user_defined_symbols=["\n", *pieces, *first], required_chars=string.ascii_letters + string.digits + "▁'",
+            user_defined_symbols=["\n", "USER:", *pieces, *first], required_chars=string.ascii_letters + string.digits + "▁'",
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False,
-            normalization_rule_name="identity", character_coverage=1., minloglevel=2)
+            normalization_rule_tsv=rules.name, character_coverage=1., minloglevel=2)
 
 
 # --------------------------------------------------------------------------------------- the base's mistakes
@@ -285,7 +290,7 @@ def write_preferences(root, answers):
             pope.append({"image_id": key, "question": q["question"], "answer": q["label"],
                          "chosen": answer(q["word"], there), "correct": correct,
                          "reject": said if said and not correct else answer(q["word"], not there)})
-        said = answers[key, image["describe"]].strip()
+        said = answers[key, image["describe"]].strip() if "describe" in image else ""
         if hallucinated(said, image["objects"]):
             descriptions[str(key)] = {"chosen": [image["description"]], "rejected": [said]}
     save(f"{root}/hadpo/desc_data.json", descriptions)
@@ -294,7 +299,7 @@ def write_preferences(root, answers):
 
 
 # ------------------------------------------------------------------------------- in place of CLIP's training
-def pretrain_tower(tower, seed=42, images=20000, epochs=4, batch_size=32, learning_rate=2e-3, progress=True):
+def pretrain_tower(tower, seed=42, images=12000, epochs=3, batch_size=32, learning_rate=3e-3, progress=True):
     """Teach `tower`, in place, to see: which class stands in each patch, and which classes stand in the image.
     tower(pixels [B, 3, 48, 48], normalised as for CLIP) -> [B, 36, hidden_size]. -> mean class AUC on fresh images"""
     device, C = next(tower.parameters()).device, len(NAMES)

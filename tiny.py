@@ -18,20 +18,20 @@ from torch import nn
 import shapes
 from checkpoint import load_base, save_base
 from clip_vit import CLIPVisionConfig
-from data import IMAGE, Example, InputError, PackedDataset, Tokenizer, read_json
+from data import IMAGE, Example, InputError, PackedDataset, Tokenizer, read_image_index, read_json
 from llama import LlamaConfig
 from model import Head, LlavaConfig, Trunk, answer
 
 # Chosen on validation images; by stage.
-TINY = {0: dict(learning_rate=3e-3, num_train_epochs=2, per_device_train_batch_size=32, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=3e-3, num_train_epochs=12, per_device_train_batch_size=128, sft_weight=0.1, warmup_ratio=0.0)}
-TINY[2] = TINY[1]
+TINY = {0: dict(learning_rate=3e-3, num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
+        1: dict(learning_rate=2e-3, num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
+TINY[2] = TINY[1] | dict(learning_rate=1e-3)
 TINY_LLAVA = LlavaConfig(
     LlamaConfig(vocab_size=0, hidden_size=96, intermediate_size=240, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=4, max_position_embeddings=512),        # the vocabulary is the tokenizer's
     CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=48,
                      patch_size=8),
-    select_layer=-1, projector_hidden_size=4, max_length=512)
+    select_layer=-1, projector_hidden_size=8, max_length=512)
 
 
 def prepare_tiny_world(args, train, device):
@@ -53,9 +53,8 @@ def prepare_tiny_world(args, train, device):
     args.data_path, args.image_folder = os.path.join(world, "llava", "train.json"), os.path.join(world, "llava", "images")
     if not os.path.isdir(base):
         train(argparse.Namespace(**vars(args) | TINY[0] | dict(
-            stage=0, model_name_or_path=untrained, output_dir=base, deepspeed=None, default_batch=32,
-            per_device_train_batch_size=32 // dist.get_world_size(), gradient_accumulation_steps=None,
-            max_steps=args.tiny_base_steps)))
+            stage=0, model_name_or_path=untrained, output_dir=base, deepspeed=None, default_batch=32, bf16=args.bf16,
+            per_device_train_batch_size=None, gradient_accumulation_steps=None, max_steps=args.tiny_base_steps)))
     hadpo = os.path.join(world, "hadpo")
     if first and not os.path.isdir(hadpo):
         mine_preferences(world, base, device)
@@ -81,11 +80,10 @@ def make_untrained_base(folder, world, seed, device, tower_options):
 def mine_preferences(world, base, device):
     """Ask the base every preference question and write HA-DPO's files from its answers."""
     trunk, head, tokenizer, preprocess = load_base(base, device=device)
-    vg = os.path.join(world, "VG")
-    where = {row["image_id"]: os.path.join(vg, *row["url"].split("/")[-2:]) for row in read_json(os.path.join(vg, "image_data.json"))}
+    images = read_image_index(os.path.join(world, "VG"))
     rows = read_json(os.path.join(world, "preference.json"))
-    asked = [[q["question"] for q in row["questions"]] + [row["describe"]] for row in rows]
-    examples = [Example(where[row["image_id"]], [[(f"{IMAGE}\n{q}", None)] for q in questions]) for row, questions in zip(rows, asked)]
+    asked = [[q["question"] for q in row["questions"]] + ([row["describe"]] if "describe" in row else []) for row in rows]
+    examples = [Example(images[row["image_id"]], [[(f"{IMAGE}\n{q}", None)] for q in questions]) for row, questions in zip(rows, asked)]
     dataset = PackedDataset(examples, tokenizer, preprocess, trunk.config.vision.num_patches, trunk.config.max_length)
     answers, = answer(trunk, [head], dataset, 40, batch_size=64, title="asking the base")
     counts = shapes.write_preferences(world, {(row["image_id"], q): a for i, (row, questions) in enumerate(zip(rows, asked))

@@ -16,6 +16,7 @@ HA-DPO (arXiv 2311.16839) with the direct loss instead of the HF Trainer. Delibe
 stages 1 and 2, so policy and reference share its one pass, and nothing else is loaded for the reference.
 """
 import argparse
+import collections
 import copy
 import json
 import math
@@ -40,10 +41,9 @@ from tiny import TINY, prepare_tiny_world
 
 STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}
 # Defaults by stage with a real model: the training notes' and LLaVA's. The tiny world's are in tiny.py.
-REAL = {0: dict(learning_rate=2e-5, num_train_epochs=1, per_device_train_batch_size=16, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=5e-7, num_train_epochs=1, per_device_train_batch_size=4, sft_weight=0.0, warmup_ratio=0.0)}
+REAL = {0: dict(learning_rate=2e-5, num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),
+        1: dict(learning_rate=5e-7, num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
 REAL[2] = REAL[1]
-GLOBAL_BATCH = 128
 MONITORED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen",
              "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "nll")
 
@@ -75,13 +75,13 @@ class Objective(nn.Module):
         states = answer_states(self.head, hidden, context, batch)
         logps = self.logps(self.head, states, batch)
         if self.loss == "sft":
-            nll = mean_nll(logps, batch.target_branch > 0)
-            return nll, {"loss": nll.detach(), "nll": nll.detach()}
+            loss = -logps.sum() / (batch.target != IGNORE).sum()                                    # per token, as LLaVA's
+            return loss, {"loss": loss.detach()}
         chosen, rejected = sequence_logps(logps, batch.target_branch).unbind(1)                     # (B,)
         with torch.no_grad():
             reference_chosen, reference_rejected = sequence_logps(self.logps(self.reference, states, batch), batch.target_branch).unbind(1)
         losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.beta)
-        nll = mean_nll(logps, batch.target_branch == CHOSEN)
+        nll = mean_nll(logps, batch.target_branch == CHOSEN).mean()
         loss = losses.mean() + self.sft_weight * nll if self.sft_weight else losses.mean()
         values = (loss, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
                   (chosen_rewards > rejected_rewards).float(), chosen, rejected, reference_chosen, reference_rejected, nll)
@@ -113,14 +113,24 @@ def deepspeed_config(args, world_size, on_gpu):
         path = find_auto(config)
         if path:
             raise InputError(f"{args.deepspeed}: {path} is \"auto\", which only the HF Trainer understands; write a value or remove it")
-    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    total = config.get("train_batch_size") or (micro * accumulation * world_size if accumulation else args.default_batch)
-    if total % (micro * world_size) or accumulation and accumulation * micro * world_size != total:
-        fits = [m for m in range(1, total + 1) if total % (m * world_size) == 0]
-        near = sorted(fits, key=lambda m: abs(m - micro))[:3]
-        raise InputError(f"global batch {total} = {micro} per device × {accumulation or '?'} accumulation × {world_size} processes "
-                         f"does not come out; --per_device_train_batch_size {' or '.join(map(str, near)) or '(none fits)'} works, "
-                         f"with accumulation {' or '.join(str(total // (m * world_size)) for m in near)}")
+    in_file = config.get("train_micro_batch_size_per_gpu")
+    micro, accumulation = args.per_device_train_batch_size or in_file, args.gradient_accumulation_steps
+    if in_file and in_file != micro:
+        raise InputError(f"{args.deepspeed}: train_micro_batch_size_per_gpu is {in_file} and --per_device_train_batch_size {micro}; "
+                         "remove one of them")
+    total = config.get("train_batch_size")
+    if total is None:
+        total = micro * accumulation * world_size if micro and accumulation else args.default_batch
+    fits = [m for m in range(1, total + 1) if total % (m * world_size) == 0]
+    if micro is None and accumulation and total % (accumulation * world_size) == 0:
+        micro = total // (accumulation * world_size)
+    elif micro is None and fits:
+        micro = max(m for m in fits if m <= args.default_micro or m == fits[0])
+    if micro not in fits or accumulation and accumulation * micro * world_size != total:
+        near = ", ".join(f"{m} (accumulation {total // (m * world_size)})" for m in sorted(fits, key=lambda m: abs(m - (micro or 1)))[:3])
+        raise InputError(f"global batch {total} ≠ {micro} per device × {accumulation or 'any'} accumulation × {world_size} processes; "
+                         + (f"--per_device_train_batch_size can be {near}" if fits else
+                            f"it is no multiple of {world_size}: change train_batch_size or the number of processes"))
     config |= {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro,
                "gradient_accumulation_steps": total // (micro * world_size)}
     config.setdefault("steps_per_print", 10 ** 9)                    # the loop narrates itself
@@ -150,14 +160,13 @@ def start_deepspeed():
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")               # or it warns that it found none
-    os.environ.setdefault("DS_BUILD_OPS", "0")
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
         os.environ.setdefault(name, str(value))                      # `python train.py` is one process
     import logging
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # "No CUDA runtime is found" on a CPU
     import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False   # else it compiles C++ for CPU communication
+    deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)  # none of its C++ ops is probed for, built or used
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -211,10 +220,10 @@ def train(args):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, warmup))
     say(f"stage {args.stage} from {start}: {len(trained)} tensors trained ({', '.join(STAGES[args.stage])}, "
         f"{sum(p.numel() for p in trained.values()):,} numbers); {len(examples):,} examples, {steps} steps of {global_batch} = "
-        f"{args.per_device_train_batch_size} × {config['gradient_accumulation_steps']} × {world_size}, "
+        f"{config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × {world_size}, "
         f"learning rate {args.learning_rate:g}, {str(dtype).removeprefix('torch.')}, ZeRO-{config.get('zero_optimization', {}).get('stage', 0)}")
     engine, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)
-    sampler = ResumableSampler(len(rows), steps, global_batch, args.per_device_train_batch_size, rank, world_size, args.seed)
+    sampler = ResumableSampler(len(rows), steps, global_batch, config["train_micro_batch_size_per_gpu"], rank, world_size, args.seed)
     loader = torch.utils.data.DataLoader(rows, batch_size=None, sampler=sampler, num_workers=args.dataloader_num_workers,
                                          collate_fn=as_is)
     os.makedirs(args.output_dir + ".run", exist_ok=True)
@@ -345,7 +354,7 @@ def parse(argv=None):
     args.output_dir = (args.output_dir or f"out/stage{args.stage}").rstrip("/")
     beside = os.path.join(os.path.dirname(args.output_dir), "stage1")
     args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else "identity")
-    args.default_batch = GLOBAL_BATCH
+    args.default_batch, args.default_micro = 128, 128 if tiny else 4
     if args.keep_correct is None:
         args.keep_correct = tiny
     if tiny and args.cache_features is None:
@@ -364,8 +373,10 @@ def parse(argv=None):
 
 def main():
     args = parse()
+    _, _, world_size, device = start_deepspeed()
+    deepspeed_config(args, world_size, device.type == "cuda")        # what cannot work is said before anything is made
     if args.model_name_or_path is None:
-        prepare_tiny_world(args, train, device=start_deepspeed()[-1])
+        prepare_tiny_world(args, train, device)
     if args.stage or not os.path.isdir(args.output_dir):
         train(args)
     world = os.path.join(os.path.dirname(args.output_dir), "world")
@@ -377,4 +388,6 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        sys.exit(f"error: {e}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)

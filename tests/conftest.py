@@ -75,7 +75,7 @@ def world(tmp_path_factory):
     for image in load_json(f"{folder}/preference.json"):
         for question in image["questions"]:
             answers[image["image_id"], question["question"]] = f"Yes, there is a {question['word']} in the image."
-        answers[image["image_id"], image["describe"]] = "The image shows a park with a kite and a ball."
+        answers[image["image_id"], image.get("describe")] = "The image shows a park with a kite and a ball."
     shapes.write_preferences(folder, answers)
 
     tokenizer = Tokenizer(f"{folder}/tokenizer.model")

@@ -205,8 +205,8 @@ def test_conversation_layout(tokenizer):
     supervised = [label for label in labels if label != IGNORE]
     end = supervised.index(EOS)
     assert tokenizer.decode(supervised[:end]) == turns[0][1] and tokenizer.decode(supervised[end:]) == turns[1][1]
-    whole = tokenizer.decode([i for i in ids[at:] if i != IMAGE_ID])
-    assert whole.split() == " ".join(f"{q.replace(IMAGE, '')} ASSISTANT: {a} USER:" for q, a in turns).removesuffix(" USER:").split()
+    whole = tokenizer.decode([i for i in ids[at + 1:] if i != EOS])             # behind `</s>` stands no space
+    assert "".join(whole.split()) == "".join("".join(f"USER: {q.removeprefix(IMAGE)} ASSISTANT: {a}" for q, a in turns).split()).removeprefix("USER:")
 
 
 def test_open_prompt_is_the_beginning_of_the_answered_one(tokenizer):

@@ -6,10 +6,9 @@ compares the two lists element by element.
 import glob
 import os
 import random
-import re
 
 import pytest
-from conftest import ROOT, largest_difference, load_json
+from conftest import ROOT, largest_difference
 
 from data import InputError, read_json
 from eval_pope import calibration, says_yes, score, table
@@ -34,8 +33,8 @@ def test_odd_answers(text):
 
 def counted(pairs):
     """[(answer, label), ...] → TP, FP, TN, FN, and POPE's numbers as fractions."""
-    predicted = ["no" if re.search("(^| )(No|not|no)( |$)", text.partition(".")[0].replace(",", ""), re.DOTALL) and
-                 {"No", "not", "no"}.intersection(text.partition(".")[0].replace(",", "").split(" ")) else "yes" for text, _ in pairs]
+    first = [" " + text.partition(".")[0].replace(",", "") + " " for text, _ in pairs]
+    predicted = ["no" if " No " in text or " not " in text or " no " in text else "yes" for text in first]
     labels = [label for _, label in pairs]
     both = list(zip(predicted, labels))
     tp, fp, tn, fn = (both.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes")))
@@ -113,6 +112,13 @@ def test_auc_and_best_threshold(seed):
     best = max(sum(y > t for y in yes) + sum(n <= t for n in no) for t in range(-1, 16)) / 90
     ours = calibration(questions, scores)
     assert largest_difference("AUC, best threshold", [ours["auc"], ours["best_threshold"]], [100 * auc, 100 * best]) < 1e-9
+
+
+def test_no_threshold_divides_equal_scores():
+    """All questions score the same, and those with the label no happen to stand first: nothing can tell them apart."""
+    questions = sorted(made_up_questions(90), key=lambda q: q["label"])
+    no = sum(q["label"] == "no" for q in questions)
+    assert calibration(questions, {(q["image"], q["text"]): 0.5 for q in questions}) == {"auc": 50, "best_threshold": 100 * max(no, 90 - no) / 90}
 
 
 def test_table_flags_a_model_that_leans():
