@@ -167,9 +167,10 @@ def start_deepspeed():
     import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)  # none of its C++ ops is probed for, built or used
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        deepspeed.init_distributed(verbose=False)                    # takes over the group that there is
     if on_gpu:
         torch.cuda.set_device(device)
     return deepspeed, dist.get_rank(), dist.get_world_size(), device
@@ -382,6 +383,7 @@ def main():
     world = os.path.join(os.path.dirname(args.output_dir), "world")
     say(f"done; look at it with: python eval_pope.py {args.output_dir}"
         + ("" if os.path.isdir(world) else " --coco_path … --pope_path …"))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_pack_loses_nothing(seed):
 def test_shared_prefix_is_as_long_as_possible():
     """Chosen and rejected begin alike: the prompt stands once, the words of the answers stand in their branches."""
     prompt, no = [BOS, IMAGE_ID, 7, 8, 9], [IGNORE] * 5
-    row = pack([(prompt + [11, 12, EOS], no + [11, 12, EOS]), (prompt + [11, 13, EOS], no + [11, 13, EOS])], PATCHES, 256)
+    row = pack([(prompt + [11, 12, EOS], no + [11, 12, EOS]), (prompt + [11, 13, EOS], no + [11, 13, EOS])], PATCHES, 256, "x.jpg")
     assert row.branch == [0] * (PATCHES + 4) + [1] * 3 + [2] * 3
     assert row.target == [11, 12, EOS, 11, 13, EOS]
     last = PATCHES + 3                                                           # the prompt's last token predicts both
@@ -227,7 +227,7 @@ def test_prompts_are_never_cut():
     whole = pack(sequences, PATCHES, 20, "x.jpg")
     assert whole.cut == 0 and whole.target == [11, 12, EOS, 20, EOS]
     with pytest.raises(InputError, match="never cut"):
-        pack([(prompt, [IGNORE] * 9)], PATCHES, 16)                              # an open prompt
+        pack([(prompt, [IGNORE] * 9)], PATCHES, 16, "x.jpg")                              # an open prompt
 
 
 def test_an_image_is_never_cut():
