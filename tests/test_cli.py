@@ -135,7 +135,7 @@ MISTAKES = {  # what: (program and the flags that differ from right ones; BAD/ i
     "--init is a base": (train(init="BAD/cut_base"), "cut_base.*no trained checkpoint"),
     "no such DeepSpeed file": (train(deepspeed="nowhere.json"), "nowhere.json.*no such file"),
     "auto": (train(deepspeed="BAD/auto.json"), "auto.json.*train_batch_size"),
-    "batch does not come out": (train(deepspeed="BAD/odd.json", per_device_train_batch_size=4), "global batch 7 ≠ 4 per device"),
+    "batch does not come out": (train(deepspeed="BAD/odd.json", per_device_train_batch_size="4"), "global batch 7 ≠ 4 per device"),
     "no such checkpoint": (ask("nowhere/stage2"), "nowhere/stage2.*no such folder"),
     "no such questions": (ask(pope_path="nowhere/pope"), "nowhere/pope.*coco_pope_random.json"),
     "questions cut": (ask(pope_path="BAD/pope", set="random"), "pope/coco_pope_random.json.*JSON"),
