@@ -129,6 +129,11 @@ class PostInteractionBlock(nn.Module):
             self.image_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
+    def is_identity(self):
+        """Whether the output is h whatever the image, as at the start of training."""
+        written = [w for name, w in self.named_parameters() if name.endswith(("out_proj.weight", "fc2.weight")) and "blocks" in name]
+        return not self.config.outer_residual and not any(w.any() for w in written)
+
     def forward(self, h, context, mask=None):
         if self.config.attention == "cross":
             context = self.image_norm(self.align(context))                                          # eq. 1

@@ -55,10 +55,8 @@ class Objective(nn.Module):
         super().__init__()
         self.trunk, self.head, self.loss, self.beta, self.sft_weight = trunk, head, loss, beta, sft_weight
         self.block = head.block
-        if loss == "dpo":       # the head as it is now; what is not trained is shared, not copied
-            self.reference = copy.deepcopy(head).requires_grad_(False)
-            if not head.lm_head.weight.requires_grad:
-                self.reference.lm_head = head.lm_head
+        if loss == "dpo":
+            self.reference = reference_of(head)
 
     def logps(self, head, states, batch):
         """Log-probability of every answer token, (B, A); 0 at padding. Logits exist only for answer tokens."""
@@ -86,6 +84,16 @@ class Objective(nn.Module):
         values = (loss, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
                   (chosen_rewards > rejected_rewards).float(), chosen, rejected, reference_chosen, reference_rejected, nll)
         return loss, {name: value.detach().mean() for name, value in zip(MONITORED, values)}
+
+
+def reference_of(head):
+    """A frozen copy of the head as it is now. What is not trained is shared, and an identity block is left out."""
+    reference = copy.deepcopy(head).requires_grad_(False)
+    if not head.lm_head.weight.requires_grad:
+        reference.lm_head = head.lm_head
+    if head.block and head.post_interaction_block.is_identity():
+        reference.post_interaction_block = None
+    return reference
 
 
 def set_trained(trunk, head, groups):
