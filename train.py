@@ -220,6 +220,7 @@ def train(args):
     rows = dataset
     if args.cache_features and args.stage:
         rows = keep_features(args.cache_features, dataset, trunk, head.block, base, 64, rank, world_size)
+        trunk.to("meta")        # its work is done, its memory is free
 
     objective = Objective(trunk if rows is dataset else None, head, "sft" if args.stage == 0 else "dpo", args.beta, args.sft_weight)
     global_batch = config["train_batch_size"]
