@@ -198,6 +198,7 @@ def train(args):
     deepspeed, rank, world_size, device = start_deepspeed()
     config = deepspeed_config(args, world_size, device.type == "cuda")
     dtype = torch.bfloat16 if config["bf16"].get("enabled") else torch.float32
+    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
     if args.stage == 0:
         examples = read_llava(args.data_path, args.image_folder)
     else:
@@ -231,7 +232,7 @@ def train(args):
     say(f"stage {args.stage} from {start}: {len(trained)} tensors trained ({', '.join(STAGES[args.stage])}, "
         f"{sum(p.numel() for p in trained.values()):,} numbers); {len(examples):,} examples, {steps} steps of {global_batch} = "
         f"{config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × {world_size}, "
-        f"learning rate {args.learning_rate:g}, {str(dtype).removeprefix('torch.')}, ZeRO-{config.get('zero_optimization', {}).get('stage', 0)}")
+        f"learning rate {args.learning_rate:g}, {str(dtype).removeprefix('torch.')}, ZeRO-{zero_stage}")
     engine, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)
     sampler = ResumableSampler(len(rows), steps, global_batch, config["train_micro_batch_size_per_gpu"], rank, world_size, args.seed)
     loader = torch.utils.data.DataLoader(rows, batch_size=None, sampler=sampler, num_workers=args.dataloader_num_workers,
@@ -240,7 +241,9 @@ def train(args):
     metrics_path = os.path.join(args.output_dir + ".run", "metrics.jsonl")
     with open(metrics_path if rank == 0 else os.devnull, "w") as log:
         run_steps(engine, loader, steps, device, dtype, trained, log, args.logging_steps, global_batch)
-    save(deepspeed, args, trunk, head, trained, tokenizer, base, steps, metrics_path, config.get("zero_optimization", {}).get("stage", 0))
+    # What is not the base's own: what is trained now, and what --init brought along.
+    ours = {n for n in head.state_dict() if n in trained or n.startswith("post_interaction_block.") or head.lm_head is not base_head.lm_head}
+    save(deepspeed, args, trunk, head, ours, tokenizer, base, steps, metrics_path, zero_stage)
     engine.destroy()
 
 
@@ -291,10 +294,10 @@ def check_gradients(trained, engine):
             raise RuntimeError(f"trained tensors without a gradient: {', '.join(without)}")
 
 
-def save(deepspeed, args, trunk, head, trained, tokenizer, base, steps, metrics_path, zero_stage):
-    """Gather what was trained, one tensor at a time, and let rank 0 write it."""
+def save(deepspeed, args, trunk, head, ours, tokenizer, base, steps, metrics_path, zero_stage):
+    """Gather the tensors named in `ours` (stage 0: all), one at a time, and let rank 0 write them."""
     parameters = dict(trunk.named_parameters()) | dict(head.named_parameters())
-    wanted = [n for n in parameters if args.stage == 0 or n in trained or n.startswith("post_interaction_block.")]
+    wanted = [n for n in parameters if args.stage == 0 or n in ours]
     tensors = {}
     for name in wanted:
         with deepspeed.zero.GatheredParameters([parameters[name]], enabled=zero_stage == 3):
@@ -362,6 +365,8 @@ def parse(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.output_dir = (args.output_dir or f"out/stage{args.stage}").rstrip("/")
+    if args.stage == 1 and args.block == "head":
+        raise InputError("--block head leaves stage 1 nothing to train; --stage 2 trains lm_head")
     beside = os.path.join(os.path.dirname(args.output_dir), "stage1")
     args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else "identity")
     args.default_batch, args.default_micro = 128, 128 if tiny else 4
@@ -385,9 +390,12 @@ def main():
     args = parse()
     _, _, world_size, device = start_deepspeed()
     deepspeed_config(args, world_size, device.type == "cuda")        # what cannot work is said before anything is made
-    if args.model_name_or_path is None:
+    tiny = args.model_name_or_path is None
+    if tiny:
         prepare_tiny_world(args, train, device)
-    if args.stage or not os.path.isdir(args.output_dir):
+    if tiny and args.stage == 0:
+        args.output_dir = args.model_name_or_path                    # the base that has just been made, or was there
+    else:
         train(args)
     world = os.path.join(os.path.dirname(args.output_dir), "world")
     say(f"done; look at it with: python eval_pope.py {args.output_dir}"

@@ -313,13 +313,14 @@ def test_checkpoint_holds_exactly_what_was_trained(world, runs):
     assert not glob(str(runs / "*.partial")) and not glob(str(runs / "*.run"))
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """DeepSpeed as one process, here, so that a run's modules can be looked at afterwards."""
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), DS_ACCELERATOR="cpu",
-                            DS_BUILD_OPS=0).items():
-        monkeypatch.setenv(name, str(value))
-    yield
+@pytest.fixture(scope="module")
+def in_this_process():
+    """DeepSpeed as one process, here, so that a run's modules can be looked at afterwards. It cannot be started twice."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(),
+                                DS_ACCELERATOR="cpu").items():
+            monkeypatch.setenv(name, str(value))
+        yield
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -344,3 +345,12 @@ def test_frozen_tensors_are_bit_identical_after_training(world, tmp_path, monkey
         else:
             saved = load_base(str(tmp_path / "stage0"))
             assert all(torch.equal(t, after[key]) for key, t in (saved[0].state_dict() | saved[1].state_dict()).items())
+
+
+def test_what_init_brought_along_is_kept(world, runs, tmp_path, in_this_process):
+    """Stage 1 from a stage-2 checkpoint trains the block alone; the lm_head that came with it must not be lost."""
+    flags = typed(world, tmp_path, "again", 0, "--per_device_train_batch_size", 8, "--init", runs / "one")
+    train.train(train.parse([str(flag) for flag in flags[1:]] + ["--stage", "1"]))
+    before, after = ({k: get() for k, get in read_file(f"{folder}/trained.safetensors").items()} for folder in (runs / "one", tmp_path / "again"))
+    assert before.keys() == after.keys() and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert any(not torch.equal(before[k], after[k]) for k in before)
