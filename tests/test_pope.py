@@ -340,7 +340,8 @@ def test_answers_of_other_questions(tmp_path, labels, capsys):
 
 
 BROKEN = {"a.jsonl, row 2: not readable as JSON": lambda lines: lines[:2] + [lines[2][:-4]] + lines[3:],
-          "a.jsonl, row 3: 'answer' should be str and is 5": lambda lines: lines[:3] + [lines[3].replace('"answer": ', '"answer": 5, "was": ')],
+          "a.jsonl, row 3: 'answer' should be str and is 5": lambda lines:
+              lines[:3] + [lines[3].replace('"answer": ', '"answer": 5, "was": ')],
           "a.jsonl, row 1: 'question_id' should be": lambda lines: [lines[0], "7"],
           "a.jsonl, row 0: ": lambda lines: ["[]"],
           "a.jsonl, row 0: 'yes_score' should be": lambda lines: [lines[0][:-1] + ', "yes_score": "high"}'],
