@@ -127,7 +127,7 @@ def identify(names, lists, path):
     if len({tuple(row["image"] for row in fit.values()) for fit in fits.values()}) != 1:
         counts = ", ".join(f"{len(rows.keys() & set(names)):,} in {where}" for where, rows in known.items())
         lost = [f" (row {n} in none)" for n, name in enumerate(names) if not any(name in rows for rows in known.values())]
-        raise InputError(f"{path}: of {len(set(names)):,} questions without an image, id and text are found of {counts}"
+        raise InputError(f"{path}: of {len(set(names)):,} questions without an image, id and text match {counts}"
                          f"{''.join(lost[:1])}; one must have all: score each split's file alone, with the files and --set asked")
     return fits
 

@@ -313,7 +313,7 @@ def test_answers_of_other_questions(tmp_path, labels, capsys):
     asked, rows, _ = like_llava(labels, rng)
     question_file = write_lines(tmp_path / "questions.jsonl", asked)
     moved = [row | {"question_id": row["question_id"] + 2} for row in rows]
-    with pytest.raises(InputError, match=r"a.jsonl: of 360 questions .* of 0 in .*questions.jsonl \(row 0 in none\)"):
+    with pytest.raises(InputError, match=r"a.jsonl: of 360 questions .* match 0 in .*questions.jsonl \(row 0 in none\)"):
         scored(write_lines(tmp_path / "a.jsonl", moved), pope, question_file)
     restart = [q | {"question_id": q["question_id"] % 10_000_000} for q in asked]      # yes-questions: one name, three splits
     with pytest.raises(InputError, match="of 120 questions"):
