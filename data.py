@@ -261,11 +261,16 @@ def read_json(path, kind=object, lines=False):
     """A JSON file that holds a `kind`, or one JSON value per line. Errors name the file and the place."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; check the path (nothing is downloaded)")
+    place = path
     try:
         with open(path, encoding="utf-8") as file:
-            value = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
+            value = [] if lines else json.load(file)
+            for line in file:                       # json.load has left none
+                if line.strip():
+                    place = f"{path}, row {len(value)}"
+                    value.append(json.loads(line))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e}); was the download cut short?")
+        raise InputError(f"{place}: not readable as JSON ({e}); was the download cut short?")
     if not isinstance(value, kind):
         raise InputError(f"{path}: holds a {type(value).__name__} where a {kind.__name__} should be; is it the right file?")
     return value
@@ -338,6 +343,17 @@ def read_llava(data_path, image_folder):
     return examples
 
 
+def read_rows(path, *names):
+    """One JSON object per line, at least one, with a text under each of the names."""
+    rows = read_json(path, lines=True)
+    if not rows:
+        raise InputError(f"{path}: is empty; was the download cut short?")
+    for n, row in enumerate(rows):
+        for name in names:
+            field(row, name, str, path, n)
+    return rows
+
+
 def read_pope(pope_path, split):
     """One of POPE's question files → [{"question_id", "image", "text", "label"}, ...]. Split: random, popular, adversarial."""
     name = f"coco_pope_{split}.json"
@@ -345,10 +361,8 @@ def read_pope(pope_path, split):
     path = next((os.path.join(f, name) for f in folders if os.path.isfile(os.path.join(f, name))), None)
     if path is None:
         raise InputError(f"{pope_path}: holds no {name} (also not in output/coco); --pope_path names POPE's folder")
-    rows = read_json(path, lines=True)
+    rows = read_rows(path, "image", "text", "label")
     for n, row in enumerate(rows):
-        for key in ("image", "text", "label"):
-            field(row, key, str, path, n)
         if row["label"] not in ("yes", "no"):
             raise InputError(f"{path}, row {n}: label {row['label']!r} is neither yes nor no")
     return rows

@@ -4,6 +4,7 @@
     python eval_pope.py out/stage1 out/stage2                             # several checkpoints of one base: one trunk pass
     python eval_pope.py CKPT --coco_path COCO --pope_path POPE/output/coco [--set random] [--protocol llava]
     torchrun --nproc_per_node 2 eval_pope.py out/stage2                   # images split over processes, the same table
+    python eval_pope.py --score ANSWERS.jsonl --pope_path POPE/output/coco [--question_file llava_pope_test.jsonl]  # no model
 
 All questions about an image stand in one packed row behind one prefix, and their greedy answers are decoded together.
 Prints a table with the base and every checkpoint, and writes the answers (JSONL in the form that POPE's scorer reads)
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall for seconds where cores are shared
 import numpy as np
@@ -26,13 +28,14 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import fingerprint, is_trained, load_base, load_trained, read_config, write_json
-from data import (IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, InputError, PackedDataset, check_images, read_pope)
+from data import (IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, InputError, PackedDataset, check_images, field, read_pope, read_rows)
 from model import answer
 
 SPLITS = {"random": "random", "popular": "popular", "adv": "adversarial"}      # --set → POPE's name
 PROTOCOLS = {"hadpo": (SYSTEM_HADPO_EVAL, "", 512),                             # system sentence, suffix, new tokens
              "llava": (SYSTEM, "\nAnswer the question using a single word or phrase.", 128)}
-COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio", "tp", "fp", "tn", "fn", "auc", "best_threshold")
+COLUMNS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio", "tp": "TP",
+           "fp": "FP", "tn": "TN", "fn": "FN", "auc": "AUC", "best_threshold": "best threshold"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,21 +78,111 @@ def calibration(questions, yes_scores):
     return {"auc": 100 * float(auc), "best_threshold": 100 * float(right[real].max()) / len(label)}
 
 
+def measure(questions, said, split):
+    """All columns of a split. `said`: {(image, question): (answer, yes-score)}; where a yes-score is None, AUC is absent."""
+    numbers = score(questions, {key: text for key, (text, _) in said.items()}, split)
+    yes_scores = {key: yes_score for key, (_, yes_score) in said.items()}
+    return numbers if None in yes_scores.values() else numbers | calibration(questions, yes_scores)
+
+
 def table(metrics, yes_ratios):
     """{split: {model: numbers}} → Markdown, a table per split; a yes-ratio 10 points off the labels' is flagged."""
     lines = []
     for split, models in metrics.items():
+        columns = [c for c in COLUMNS if all(c in row for row in models.values())]
         lines += [f"\n{split} (labels: {yes_ratios[split]:.1f} % yes)", "",
-                  "| model | accuracy | precision | recall | F1 | yes ratio | TP | FP | TN | FN | AUC | best threshold |",
-                  "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+                  f"| model | {' | '.join(COLUMNS[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
         for model, row in models.items():
-            cells = [f"{row[c]}" if isinstance(row[c], int) else f"{row[c]:.2f}" for c in COLUMNS]
+            cells = [f"{row[c]}" if isinstance(row[c], int) else f"{row[c]:.2f}" for c in columns]
             if abs(row["yes_ratio"] - yes_ratios[split]) > 10:
                 cells[4] += " (!)"
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     if any("(!)" in line for line in lines):
         lines.append("\n(!) the yes-ratio is more than 10 points away from the labels': the model leans to one answer")
     return "\n".join(lines)
+
+
+def labels_yes(questions):
+    return {split: 100 * np.mean([q["label"] == "yes" for q in rows]) for split, rows in questions.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers from a file
+
+
+def by_id(rows):
+    """{(question id, question): row}. What stands for two rows identifies neither and is left out."""
+    names = [(str(row.get("question_id")), row["text"]) for row in rows]
+    count = Counter(names)
+    return {name: row for name, row in zip(names, rows) if count[name] == 1}
+
+
+def identify(names, lists, path):
+    """What answers without an image call their questions, found in lists of questions → {list: {(id, question): row}}.
+
+    Ids may begin anew in every list. So a list counts only if it has all of them, each with the very question answered.
+    """
+    known = {where: by_id(rows) for where, rows in lists.items()}
+    fits = {where: {name: rows[name] for name in names} for where, rows in known.items() if rows.keys() >= set(names)}
+    if len({tuple(row["image"] for row in fit.values()) for fit in fits.values()}) != 1:
+        counts = ", ".join(f"{len(rows.keys() & set(names)):,} in {where}" for where, rows in known.items())
+        lost = [f" (row {n} in none)" for n, name in enumerate(names) if not any(name in rows for rows in known.values())]
+        raise InputError(f"{path}: of {len(set(names)):,} questions without an image, id and text match {counts}"
+                         f"{''.join(lost[:1])}; one must have all: score each split's file alone, with the files and --set asked")
+    return fits
+
+
+def read_answers(path, questions, question_file):
+    """Answers in our, HA-DPO's or LLaVA's form → {split: {(image, question): (answer, yes-score or None)}}."""
+    rows = read_rows(path)
+    first = rows[0] if isinstance(rows[0], dict) else {}
+    mark = "image" if first.get("image") else "question_id"
+    question, answer = ("prompt", "text") if "prompt" in first else ("question", "answer")
+    names = [(str(field(row, mark, (int, str), path, n)), field(row, question, str, path, n)) for n, row in enumerate(rows)]
+    said = [(field(row, answer, str, path, n), field(row, "yes_score", (float, int, type(None)), path, n))
+            for n, row in enumerate(rows)]
+    if mark == "image":
+        keys = {split: {name: name for name in names} for split in questions}
+    elif question == "question":                            # HA-DPO's original: ids begin anew in every split's file
+        keys = {split: {name: (row["image"], row["text"]) for name, row in fit.items()}
+                for split, fit in identify(names, questions, path).items()}
+    elif question_file:                                     # LLaVA: one file for all splits; a split has only its own answers
+        asked = {question_file: read_rows(question_file, "image", "text", "category")}
+        fit, suffix = identify(names, asked, path)[question_file], PROTOCOLS["llava"][1]
+        keys = {split: {name: (row["image"], row["text"].removesuffix(suffix)) for name, row in fit.items()
+                        if row["category"] == split} for split in questions}
+    else:
+        raise InputError(f"{path}: LLaVA's answers name neither image nor split; --question_file names the file that was asked")
+    answers = {split: {} for split in questions}
+    for split in keys:
+        for n, (name, (text, yes_score)) in enumerate(zip(names, said)):
+            key = keys[split].get(name)
+            if key and answers[split].setdefault(key, (text, yes_score))[0] != text:
+                raise InputError(f"{path}, row {n}: {key[1]!r} about {key[0]} was answered otherwise in a row before; remove one "
+                                 "of them, or score each run's and split's file alone")
+    return answers
+
+
+def score_file(args):
+    """Scores the splits that a file answers completely and says what the others lack. → {split: {file: numbers}}"""
+    questions = {SPLITS[s]: read_pope(args.pope_path, SPLITS[s]) for s in args.set}
+    answers = read_answers(args.score, questions, args.question_file)
+    asked = {split: {(q["image"], q["text"]) for q in rows} for split, rows in questions.items()}
+    metrics = {}
+    for split, said in answers.items():
+        found, total = len(asked[split] & said.keys()), len(asked[split])
+        if found == total:
+            metrics[split] = {os.path.basename(args.score): measure(questions[split], said, split)}
+        else:
+            incomplete = f"incomplete, {found:,} of {total:,} questions answered, not scored"
+            print(f"{split}: {incomplete if found else 'no answers'}")
+    strange = set().union(*answers.values()).difference(*asked.values())
+    if strange:
+        print(f"{len(strange):,} answers are to questions of none of these label files: another version, or another --set?")
+    if not metrics:
+        raise InputError(f"{args.score}: answers no split of {args.pope_path} completely; its counts stand above")
+    print(table(metrics, labels_yes(questions)))
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,11 +252,8 @@ def evaluate(args):
     said = ask(trunk, heads, tokenizer, preprocess, distinct, image_folder, args.protocol, args.max_new_tokens, args.batch_size)
     if rank:
         return
-    metrics = {split: {name: score(rows, {k: text for k, (text, _) in said[name].items()}, split)
-                       | calibration(rows, {k: s for k, (_, s) in said[name].items()}) for name in heads}
-               for split, rows in questions.items()}
-    yes_ratios = {split: 100 * np.mean([q["label"] == "yes" for q in rows]) for split, rows in questions.items()}
-    print(table(metrics, yes_ratios))
+    metrics = {split: {name: measure(rows, said[name], split) for name in heads} for split, rows in questions.items()}
+    print(table(metrics, labels_yes(questions)))
     folder = args.output_dir or os.path.join(args.checkpoints[0], "pope")
     os.makedirs(folder, exist_ok=True)
     for name in heads:
@@ -180,7 +270,9 @@ def evaluate(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="trained checkpoints of one base, or a base")
+    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="trained checkpoints of one base, or a base")
+    parser.add_argument("--score", metavar="ANSWERS", help="instead of asking: answers in our, HA-DPO's or LLaVA's form")
+    parser.add_argument("--question_file", help="LLaVA's llava_pope_test.jsonl, for answers in LLaVA's form")
     parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the checkpoint names")
     parser.add_argument("--vision_tower", help="CLIP's folder, where it is not the one that base or checkpoint names")
     parser.add_argument("--coco_path", help="folder that holds val2014; default: the tiny world beside CKPT")
@@ -191,7 +283,10 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16, help="images at once; default 16")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--output_dir", help="default: CKPT/pope of the first checkpoint")
-    evaluate(parser.parse_args())
+    args = parser.parse_args()
+    if bool(args.checkpoints) == bool(args.score) or args.score and not args.pope_path:
+        parser.error("name the checkpoints to ask; or without any a file of answers with --score, and --pope_path")
+    (score_file if args.score else evaluate)(args)
     if dist.is_initialized():
         dist.destroy_process_group()
 
