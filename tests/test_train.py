@@ -7,6 +7,7 @@ import json
 import math
 import os
 from glob import glob
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -354,3 +355,12 @@ def test_what_init_brought_along_is_kept(world, runs, tmp_path, in_this_process)
     before, after = ({k: get() for k, get in read_file(f"{folder}/trained.safetensors").items()} for folder in (runs / "one", tmp_path / "again"))
     assert before.keys() == after.keys() and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_fingerprint_of_large_tensors():
+    """A tensor of more than 2^24 numbers, as a 7B model has: its last sample is its last number, not one behind it."""
+    large, head = torch.nn.Linear(1, 2 ** 25 + 1, bias=False), SimpleNamespace(lm_head=torch.nn.Linear(1, 1), block=None)
+    before = fingerprint(large, head)
+    with torch.no_grad():
+        large.weight[-1] += 1
+    assert fingerprint(large, head) != before
