@@ -50,7 +50,7 @@ class Tokenizer:
 
     def __init__(self, path):
         if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; a checkpoint needs its tokenizer.model (SentencePiece) beside its weights")
+            raise InputError(f"{path}: no such file; copy LLaMA's tokenizer.model (SentencePiece; any Vicuna or LLaVA-1.5 folder has it) there")
         self.path = path
         try:
             self.model = SentencePieceProcessor(model_file=path)
@@ -72,7 +72,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        return self.model.decode([int(i) for i in ids if i not in (PAD, BOS, EOS)])
+        # Hugging Face's LLaVA has more embeddings than the tokenizer has pieces; such an id has no text.
+        return self.model.decode([int(i) for i in ids if i not in (PAD, BOS, EOS) and i < len(self)])
 
 
 def encode_conversation(tokenizer, turns, system=SYSTEM):

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import fingerprint, is_trained, load_base, load_trained, read_config, write_json
+from checkpoint import base_of, fingerprint, is_trained, kind, load_base, load_trained, read_config, write_json
 from data import (IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, InputError, PackedDataset, check_images, read_pope)
 from model import answer
 
@@ -98,17 +98,21 @@ def table(metrics, yes_ratios):
 
 def load_all(args, device, dtype):
     """Base and checkpoints → trunk, {name: head}, tokenizer, preprocess. All checkpoints must belong to one base."""
+    adapter = next((c for c in args.checkpoints if kind(c) == "adapter"), None)
+    if adapter and len(args.checkpoints) > 1:
+        raise InputError(f"{adapter}: a LoRA adapter changes the base itself, so nothing can be evaluated beside it; name it alone")
     trained = [c for c in args.checkpoints if is_trained(c)]
-    bases = {args.model_name_or_path or read_config(c)["base"] for c in trained} | {c for c in args.checkpoints if c not in trained}
+    bases = {base_of(c, args.model_name_or_path) for c in args.checkpoints}
     if len(bases) > 1:
         raise InputError(f"the checkpoints belong to different bases ({', '.join(sorted(bases))}); evaluate them one base at a time")
     base, = bases
-    tower = args.vision_tower or (read_config(trained[0]).get("vision_tower") if trained else None)
-    trunk, base_head, tokenizer, preprocess = load_base(base, tower, dtype, device)
+    said = [read_config(c).get("vision_tower") for c in trained if kind(c) == "trained"]
+    tower = args.vision_tower or (said[0] if said else None)
+    trunk, base_head, tokenizer, preprocess = load_base(base, tower, dtype, device, adapter)
     mark = fingerprint(trunk, base_head)
     names = [os.path.basename(c.rstrip("/")) for c in trained]
     names = names if len(set(names)) == len(names) else [c.rstrip("/").replace("/", "-").lstrip(".-") for c in trained]
-    heads = {"base": base_head} | {name: load_trained(c, trunk.config, base_head, mark, dtype, device) for name, c in zip(names, trained)}
+    heads = {"adapter" if adapter else "base": base_head} | {name: load_trained(c, trunk.config, base_head, mark, dtype, device) for name, c in zip(names, trained)}
     return trunk, heads, tokenizer, preprocess
 
 
@@ -164,7 +168,8 @@ def evaluate(args):
                for split, rows in questions.items()}
     yes_ratios = {split: 100 * np.mean([q["label"] == "yes" for q in rows]) for split, rows in questions.items()}
     print(table(metrics, yes_ratios))
-    folder = args.output_dir or os.path.join(args.checkpoints[0], "pope")
+    first = args.checkpoints[0]
+    folder = args.output_dir or os.path.join(first if os.path.isdir(first) else os.path.dirname(first), "pope")
     os.makedirs(folder, exist_ok=True)
     for name in heads:
         for split, rows in questions.items():

@@ -204,6 +204,8 @@ def train(args):
     head, start = base_head, "the base"
     if args.stage and args.init != "identity":
         head, start = load_trained(args.init, trunk.config, base_head, base, dtype, device), args.init
+    elif args.stage and base_head.block:
+        start = "the base's own block"
     elif args.stage and args.block != "head":
         head, start = Head(trunk.config, trunk.config.block(**VARIANTS[args.block])).to(device, dtype), "an identity block"
         head.lm_head = base_head.lm_head
