@@ -9,15 +9,15 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, largest_difference, load_json, shake, shell, small_llava, succeeds
+from conftest import ROOT, dpo_flags, largest_difference, load_json, shake, shell, small_llava, succeeds
 from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
 from checkpoint import fingerprint, kind, load_base, load_trained, save_base
-from clip_vit import CLIPVisionTower, from_open_clip, open_clip_config
+from clip_vit import CLIPVisionConfig, CLIPVisionTower, from_open_clip, open_clip_config
 from data import BOS, EOS, IGNORE, IMAGE_ID, InputError, Tokenizer, collate, pack
-from layouts import TOWER, Stored, read_seed_file, read_tensors
+from layouts import Stored, read_seed_file, read_tensors
 from model import Head, answer_states, generate
 from post_decoder import VARIANTS, PostInteractionBlock
 
@@ -199,16 +199,17 @@ def test_llava_with_the_tower_outside(llava, tmp_path):
 
 
 def test_llava_with_the_tower_inside(llava, tmp_path):
+    """It counts, and a folder that is named lends only its config.json."""
     whole, _, clip, expected = llava
-    folder = variant_of(whole, tmp_path / "named", mm_vision_tower=str(clip))       # the folder lends its config.json
-    save_file({k: torch.zeros_like(t) for k, t in load_file(clip / "model.safetensors").items()}, tmp_path / "zeros.safetensors")
-    agrees("tower inside", expected, folder)
+    shutil.copytree(clip, tmp_path / "zeros")
+    edit(tmp_path / "zeros" / "model.safetensors", lambda tensors: [t.zero_() for t in tensors.values()])
+    agrees("tower inside", expected, variant_of(whole, tmp_path / "named", mm_vision_tower=str(tmp_path / "zeros")))
+    agrees("tower inside, --vision_tower", expected, whole, tmp_path / "zeros")
 
 
 def test_tower_inside_without_its_config(world, tmp_path):
     """Sizes follow from the shapes; OpenAI's towers have heads of 64."""
     trunk, head = small_llava(vocab_size=len(Tokenizer(world.tokenizer)))
-    from clip_vit import CLIPVisionConfig
     trunk.config.vision = CLIPVisionConfig(128, 48, 2, 2, image_size=24, patch_size=8)
     trunk.vision_tower = shake(CLIPVisionTower(trunk.config.vision, -1))
     trunk.model.mm_projector[0] = torch.nn.Linear(128, 12).requires_grad_(False)
@@ -388,6 +389,33 @@ def test_lora(saved, llava, adapted, tmp_path):
         assert torch.equal(half.model.state_dict()[key], tensor.bfloat16()), key    # rounded once
 
 
+def test_programs_take_them(world, tmp_path):
+    """The notes' file and an adapter where a trained checkpoint is meant: --init, CKPT; and an adapter not beside others."""
+    trunk, base, *_ = load_base(world.base)
+    head = shake(Head(trunk.config, trunk.config.block(zero_init=False)))
+    os.makedirs(tmp_path / "notes")
+    torch.save(head.state_dict(), tmp_path / "notes" / "non_lora_trainables.bin")
+    os.makedirs(tmp_path / "lora")
+    with open(tmp_path / "lora" / "adapter_config.json", "w") as file:
+        json.dump({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format("A"): torch.randn(2, 32), name.format("B"): torch.randn(32, 2)}, tmp_path / "lora" / "adapter_model.safetensors")
+    succeeds("python", f"{ROOT}/train.py", "--stage", 2, "--init", tmp_path / "notes", *dpo_flags(world), "--max_steps", 1,
+             "--output_dir", tmp_path / "out")
+    assert load_trained(str(tmp_path / "out"), trunk.config, base, fingerprint(trunk, base)).block.outer_residual
+    ask = ["python", f"{ROOT}/eval_pope.py", "--model_name_or_path", world.base, "--coco_path", world.coco, "--pope_path", world.pope,
+           "--set", "random", "--max_new_tokens", 4]
+    assert "| notes |" in succeeds(*ask, tmp_path / "notes")
+    succeeds(*ask, tmp_path / "notes" / "non_lora_trainables.bin")
+    assert "| adapter |" in succeeds(*ask, tmp_path / "lora")
+    done = shell(*ask, tmp_path / "lora", tmp_path / "notes")
+    assert done.returncode == 1 and "name it alone" in done.stderr and "Traceback" not in done.stderr
+    succeeds("python", f"{ROOT}/checkpoint.py", tmp_path / "notes", tmp_path / "whole", "--model_name_or_path", world.base)
+    rest = ["--model_name_or_path", tmp_path / "whole", *dpo_flags(world)[2:]]              # a base that has a block already
+    assert "the base's own block" in succeeds("python", f"{ROOT}/train.py", "--stage", 1, *rest, "--max_steps", 1, "--output_dir", tmp_path / "more")
+    assert "| more |" in succeeds(*[tmp_path / "whole" if a == world.base else a for a in ask], tmp_path / "more")
+
+
 def test_wrong_adapters(saved, adapted, tmp_path):
     def broken(name, said=None, **settings):
         target = str(tmp_path / name)
@@ -537,4 +565,3 @@ def test_block_of_another_base(tmp_path):
                tmp_path / "non_lora_trainables.bin")
     with pytest.raises(InputError, match="features of width 77.*--model_name_or_path"):
         read_seed_file(str(tmp_path / "non_lora_trainables.bin"), trunk.config)
-    assert all(key.startswith(TOWER) or "." in key for key in trunk.state_dict())
