@@ -146,13 +146,18 @@ def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None)
     preprocess = image_processor(processor, config, tower_source)
     with torch.device("meta"):
         trunk, head = Trunk(config), Head(config, block)
-    tensors = {key: stored for key, stored in tensors.items() if not (key.startswith(TOWER) and trunk.vision_tower.unused_key(key))}
-    parts = [(head, "", folder), (trunk.vision_tower, "vision_tower.", tower_source), (trunk.model, "model.", folder)]
-    shares = [{key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(names)}
-              for names, prefix in ((("lm_head.", "post_interaction_block."), ""), (TOWER, "vision_tower."), (("",), "model."))]
-    for part in (fit, lambda *args: fill(*args, dtype, device)):
-        for (module, _, source), share in zip(parts, shares):
-            part(module, share, source)
+    parts = [(head, {}, folder), (trunk.vision_tower, {}, tower_source), (trunk.model, {}, folder)]
+    for key, stored in tensors.items():
+        if key.startswith(("lm_head.", "post_interaction_block.")):
+            parts[0][1][key] = stored
+        elif not key.startswith(TOWER):
+            parts[2][1][key.removeprefix("model.")] = stored
+        elif not trunk.vision_tower.unused_key(key):
+            parts[1][1][key.removeprefix("vision_tower.")] = stored
+    for part in parts:
+        fit(*part)
+    for part in parts:
+        fill(*part, dtype, device)
     return trunk, head, tokenizer, preprocess
 
 
@@ -215,7 +220,8 @@ def save_trained(folder, tensors, info, tokenizer):
     path = os.path.join(partial, "trained.safetensors")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
     again = read_file(path)
-    bad = [k for k, v in tensors.items() if k not in again or again[k].shape != v.shape or (v != 0).any() and not again[k].read().any()]
+    bad = [k for k, v in tensors.items()
+           if k not in again or again[k].shape != v.shape or (v != 0).any() and not again[k].read().any()]
     if bad or not tensors:
         raise RuntimeError(f"{path}: what was written is not what was trained ({bad or 'nothing was trained'})")
     write_json(os.path.join(partial, "config.json"), {"model_type": OURS, **info})
@@ -232,7 +238,8 @@ def load_trained(path, config, base_head, base_fingerprint, dtype=None, device="
         if info.get("fingerprint") != base_fingerprint:
             raise InputError(f"{path}: was trained on base {info.get('base')} (fingerprint {info.get('fingerprint')}), which is not "
                              f"the base given here ({base_fingerprint}); name the right one with --model_name_or_path")
-        block, tensors = BlockConfig(**info["block"]) if info.get("block") else None, read_file(os.path.join(path, "trained.safetensors"))
+        block = BlockConfig(**info["block"]) if info.get("block") else None
+        tensors = read_file(os.path.join(path, "trained.safetensors"))
     with torch.device("meta"):
         head = Head(config, block)
     weight = base_head.lm_head.weight

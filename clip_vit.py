@@ -132,7 +132,8 @@ class CLIPVisionTower(nn.Module):
 OPEN_CLIP_NAMES = {
     "class_embedding": "embeddings.class_embedding", "positional_embedding": "embeddings.position_embedding.weight",
     "conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "transformer.resblocks": "encoder.layers",
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2"}
 
 
 def from_open_clip(tensors, third):
@@ -159,12 +160,13 @@ def from_open_clip(tensors, third):
 def open_clip_config(values, quick_gelu):
     """CLIPVisionConfig of an open_clip model config. Raises ValueError naming what our tower does not build."""
     vision = values["vision_cfg"]
-    known = ("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "pool_type", "final_ln_after_pool", "output_tokens")
+    known = ("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size",
+             "pool_type", "final_ln_after_pool", "output_tokens")                       # these act behind the layers
     other = [name for name in vision if name not in known] + [name for name in ("image_size", "layers", "patch_size")
                                                               if not isinstance(vision.get(name), int)]
     if other:
         raise ValueError(f"its {other[0]} ({vision.get(other[0])}) is not built here")
     width = vision["width"]
-    return CLIPVisionConfig(width, int(width * vision.get("mlp_ratio", 4.0)), vision["layers"], width // vision.get("head_width", 64),
-                            vision["image_size"], vision["patch_size"],
+    return CLIPVisionConfig(width, int(width * vision.get("mlp_ratio", 4.0)), vision["layers"],
+                            width // vision.get("head_width", 64), vision["image_size"], vision["patch_size"],
                             hidden_act="quick_gelu" if quick_gelu or values.get("quick_gelu") else "gelu")

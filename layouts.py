@@ -9,10 +9,13 @@ Known here: LLaVA's own layout, Hugging Face's LLaVA and CLIP in the names that 
 open_clip's CLIP, peft's LoRA adapters, and the training notes' `non_lora_trainables.bin`. A setting that our modules do
 not build is refused by its name, because loading it as something else would only give wrong numbers.
 """
+import ctypes
 import json
+import mmap
 import os
 import zipfile
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Callable
 
 import torch
@@ -60,12 +63,15 @@ def read_tensors(folder):
 
 
 def read_file(path):
-    """One weight file → {key: Stored}. Nothing is read but the header.
-
-    Files are memory-mapped, and mapped anew as they are read: pages of a mapping count as this process's memory until
-    it is gone, and a shard may be larger than the RAM.
-    """
+    """One weight file → {key: Stored}. The file is memory-mapped; nothing is read but the header."""
     return read_safetensors(path) if path.endswith(".safetensors") else read_bin(path)
+
+
+def advise(tensor, advice):
+    """Tell the kernel about the mapped pages of a tensor: fetch them ahead (4 times as fast), or give them back."""
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), advice)
+    return tensor
 
 
 def read_safetensors(path):
@@ -74,33 +80,37 @@ def read_safetensors(path):
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); download it again")
-    return {key: Stored(shape, lambda key=key: safe_open(path, framework="pt").get_tensor(key)) for key, shape in shapes.items()}
+
+    def read(key):          # mapped anew each time: pages count as this process's memory until their mapping is gone
+        return advise(safe_open(path, framework="pt").get_tensor(key), mmap.MADV_WILLNEED)
+
+    return {key: Stored(shape, partial(read, key)) for key, shape in shapes.items()}
 
 
-def read_bin(path, map_anew=2 ** 28):
-    """A file of torch.save. Its table takes 20 ms to unpickle, so it is mapped anew only after `map_anew` bytes."""
-    def load():
-        try:
-            values = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
-        except Exception as e:      # whatever unpickling of a damaged or foreign file may raise
-            raise InputError(f"{path}: cannot be read as a file of tensors ({str(e).splitlines()[0]}); download it again")
-        if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
-            values = values["state_dict"]                       # open_clip's training checkpoints
-        strange = next((k for k, v in values.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)), None) \
-            if isinstance(values, dict) else type(values).__name__
-        if strange is not None:
-            raise InputError(f"{path}: {strange} is no tensor; a weight file holds tensors and nothing else: name another file")
-        return values
+def read_bin(path):
+    """A file of torch.save. Unpickling its table is slow, so it is mapped once."""
+    mapped = zipfile.is_zipfile(path)       # files older than torch 1.6 are none, and cannot be mapped
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as e:      # whatever unpickling of a damaged or foreign file may raise
+        raise InputError(f"{path}: cannot be read as a file of tensors ({str(e).splitlines()[0]}); download it again")
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]     # open_clip's training checkpoints
+    if not isinstance(tensors, dict):
+        raise InputError(f"{path}: holds a {type(tensors).__name__} and no tensors by name; name another file")
+    strange = next((k for k, v in tensors.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)), None)
+    if strange is not None:
+        raise InputError(f"{path}: {strange} is no tensor; a weight file holds tensors and nothing else: name another file")
+    last = []
 
-    def read(key):
-        if seen["bytes"] > map_anew and is_zip:
-            seen.update(tensors=load(), bytes=0)
-        seen["bytes"] += seen["tensors"][key].nbytes
-        return seen["tensors"][key]
+    def read(key):          # the pages of the tensor before are given back; they are the file's, so it could be read again
+        if mapped:
+            for tensor in last:
+                advise(tensor, mmap.MADV_DONTNEED)
+            last[:] = [advise(tensors[key], mmap.MADV_WILLNEED)]
+        return tensors[key]
 
-    is_zip = zipfile.is_zipfile(path)       # files older than torch 1.6 are not, and cannot be mapped
-    seen = {"tensors": load(), "bytes": 0}
-    return {key: Stored(tuple(t.shape), lambda key=key: read(key)) for key, t in seen["tensors"].items()}
+    return {key: Stored(tuple(t.shape), partial(read, key)) for key, t in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +194,7 @@ def llama_config(values, path):
 def clip_config(values, path):
     config = pick(CLIPVisionConfig, values, CLIP_DEFAULTS)
     if config.hidden_act not in ACTIVATIONS:
-        raise InputError(f"{path}: hidden_act of the vision tower is {config.hidden_act!r} and must be one of {', '.join(ACTIVATIONS)}; "
-                         "name a CLIP tower")
+        raise InputError(f"{path}: hidden_act of the vision tower is {config.hidden_act!r}; name a CLIP tower ({', '.join(ACTIVATIONS)})")
     return config
 
 
@@ -205,13 +214,13 @@ def llava_config(values, path, vision):
 
 
 def image_processor(values, config, path):
-    """CLIP's preprocessor_config.json (or {}) → ImageProcessor of a LlavaConfig."""
+    """CLIP's preprocessor_config.json (or {}) → ImageProcessor of a LlavaConfig. PIL's number of bicubic is 3."""
     size = config.vision.image_size
     for name in ("size", "crop_size"):                      # {"shortest_edge": 336}, {"height": 336, "width": 336} or 336
         said = values.get(name) or size
         for edge in said.values() if isinstance(said, dict) else [said]:
             refuse({name: edge}, {name: size}, path)
-    refuse(values, {"resample": 3, "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True}, path)   # 3: bicubic
+    refuse(values, {"resample": 3, "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True}, path)
     return ImageProcessor(size, tuple(values.get("image_mean") or CLIP_MEAN), tuple(values.get("image_std") or CLIP_STD),
                           config.pad_images)
 
@@ -233,7 +242,7 @@ def read_tower(name):
 
 
 def read_preprocessor(folder):
-    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):   # before and since transformers 5
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):   # the latter: transformers 5
         if os.path.isfile(os.path.join(folder, name)):
             values = read_json(os.path.join(folder, name), dict)
             return values.get(part) or {} if part else values
@@ -246,7 +255,7 @@ def read_open_clip(name):
     model, _, weights = name.removeprefix("open_clip:").partition("/")
     sizes, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
     if sizes is None:
-        raise InputError(f"{name}: open_clip knows no model {model!r}; write open_clip:ViT-L-14-336/openai or …/path/to/weights")
+        raise InputError(f"{name}: open_clip knows no model {model!r}; write open_clip:ViT-L-14-336/openai or /path/to/weights after it")
     tag = open_clip.get_pretrained_cfg(model, weights)
     if not tag and not os.path.isfile(weights):
         raise InputError(f"{name}: {weights!r} is neither a file nor one of open_clip's weights for {model} ({', '.join(tags)})")
@@ -260,10 +269,13 @@ def read_open_clip(name):
         try:
             weights = open_clip.download_pretrained(tag)
         except Exception as e:      # whatever a download may raise
-            raise InputError(f"{name}: could not be downloaded ({str(e).splitlines()[0]}); name a local weights file after the model")
+            raise InputError(f"{name}: not downloaded ({str(e).splitlines()[0]}); name a local file: open_clip:{model}/path/to/weights")
     tensors = {key.removeprefix("module."): stored for key, stored in read_file(weights).items()}
-    tensors = from_open_clip(tensors, lambda whole, n: Stored((whole.shape[0] // 3, *whole.shape[1:]), lambda: whole.read().chunk(3)[n]))
-    return config, tensors, {"image_mean": tag.get("mean"), "image_std": tag.get("std")}
+
+    def third(whole, n):
+        return Stored((whole.shape[0] // 3, *whole.shape[1:]), lambda: whole.read().chunk(3)[n])
+
+    return config, from_open_clip(tensors, third), {"image_mean": tag.get("mean"), "image_std": tag.get("std")}
 
 
 def clip_config_of(tensors):
@@ -318,18 +330,20 @@ def merge_lora(tensors, folder, dtype=None):
     values = read_json(path, dict)
     rank, alpha = (field(values, name, (int, float), path, 1) for name in ("r", "lora_alpha"))
     refuse(values, {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}, path)
-    refuse({name: values.get(name) or None for name in ("rank_pattern", "alpha_pattern")}, {"rank_pattern": None, "alpha_pattern": None}, path)
+    for name in ("rank_pattern", "alpha_pattern"):
+        refuse({name: values.get(name) or None}, {name: None}, path)
     files = [os.path.join(folder, name) for name in ("adapter_model.safetensors", "adapter_model.bin")]
     file = next((f for f in files if os.path.isfile(f)), None)
     if file is None:
-        raise InputError(f"{folder}: holds neither adapter_model.safetensors nor adapter_model.bin; copy the adapter's weights there")
+        raise InputError(f"{folder}: holds neither adapter_model.safetensors nor adapter_model.bin; copy them there")
     lora = our_names(read_file(file))
     targets = {key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight")}
-    strange = sorted(key for key in lora if key.rpartition(".lora_")[0] not in targets or key.rpartition(".lora_")[2] not in
-                     ("A.weight", "B.weight")) + sorted(t for t in targets if t + ".weight" not in tensors)
-    if strange or not targets:
-        raise InputError(f"{file}: " + (f"{strange[0]} ({len(strange)} such keys) belongs to nothing in this base; name the adapter's own base"
-                                        if strange else "holds no LoRA weights; its saving went wrong"))
+    strange = sorted([key for key in lora if key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") not in targets]
+                     + [target for target in targets if target + ".weight" not in tensors])
+    if strange:
+        raise InputError(f"{file}: {strange[0]} ({len(strange)} such keys) is no LoRA of a tensor of this base; name the adapter's own base")
+    if not targets:
+        raise InputError(f"{file}: holds no LoRA weights, so its saving went wrong; save it again")
 
     def merged(whole, a, b):
         weight = whole.read()
@@ -339,7 +353,7 @@ def merge_lora(tensors, folder, dtype=None):
     for target in targets:
         whole, a, b = tensors[target + ".weight"], lora[target + ".lora_A.weight"], lora.get(target + ".lora_B.weight")
         if b is None or (b.shape[0], a.shape[1]) != whole.shape or (a.shape[0], b.shape[1]) != (rank, rank):
-            raise InputError(f"{file}: lora_A and lora_B of {target} are {a.shape} and {b and b.shape}, which is no change of rank {rank} "
-                             f"to {whole.shape}; name the adapter's own base, or save it again")
-        result[target + ".weight"] = Stored(whole.shape, lambda whole=whole, a=a, b=b: merged(whole, a, b))
+            raise InputError(f"{file}: lora_A and lora_B of {target} have shapes {a.shape} and {b and b.shape}, which is no change of "
+                             f"rank {rank} to {whole.shape}; name the adapter's own base, or save it again")
+        result[target + ".weight"] = Stored(whole.shape, partial(merged, whole, a, b))
     return result
