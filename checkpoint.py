@@ -236,8 +236,8 @@ def load_trained(path, config, base_head, base_fingerprint, dtype=None, device="
     else:
         info = read_config(path)
         if info.get("fingerprint") != base_fingerprint:
-            raise InputError(f"{path}: was trained on base {info.get('base')} (fingerprint {info.get('fingerprint')}), which is not "
-                             f"the base given here ({base_fingerprint}); name the right one with --model_name_or_path")
+            raise InputError(f"{path}: was trained on base {info.get('base')} (fingerprint {info.get('fingerprint')}), which is "
+                             f"not the base given here ({base_fingerprint}); name the right one with --model_name_or_path")
         block = BlockConfig(**info["block"]) if info.get("block") else None
         tensors = read_file(os.path.join(path, "trained.safetensors"))
     with torch.device("meta"):

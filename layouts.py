@@ -194,7 +194,8 @@ def llama_config(values, path):
 def clip_config(values, path):
     config = pick(CLIPVisionConfig, values, CLIP_DEFAULTS)
     if config.hidden_act not in ACTIVATIONS:
-        raise InputError(f"{path}: hidden_act of the vision tower is {config.hidden_act!r}; name a CLIP tower ({', '.join(ACTIVATIONS)})")
+        raise InputError(f"{path}: hidden_act of the vision tower is {config.hidden_act!r} and must be one of "
+                         f"{', '.join(ACTIVATIONS)}; name a CLIP tower")
     return config
 
 
@@ -242,7 +243,8 @@ def read_tower(name):
 
 
 def read_preprocessor(folder):
-    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):   # the latter: transformers 5
+    # The second name is that of transformers 5.
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         if os.path.isfile(os.path.join(folder, name)):
             values = read_json(os.path.join(folder, name), dict)
             return values.get(part) or {} if part else values
@@ -255,7 +257,7 @@ def read_open_clip(name):
     model, _, weights = name.removeprefix("open_clip:").partition("/")
     sizes, tags = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
     if sizes is None:
-        raise InputError(f"{name}: open_clip knows no model {model!r}; write open_clip:ViT-L-14-336/openai or /path/to/weights after it")
+        raise InputError(f"{name}: open_clip knows no model {model!r}; write for example open_clip:ViT-L-14-336/openai")
     tag = open_clip.get_pretrained_cfg(model, weights)
     if not tag and not os.path.isfile(weights):
         raise InputError(f"{name}: {weights!r} is neither a file nor one of open_clip's weights for {model} ({', '.join(tags)})")
@@ -269,7 +271,7 @@ def read_open_clip(name):
         try:
             weights = open_clip.download_pretrained(tag)
         except Exception as e:      # whatever a download may raise
-            raise InputError(f"{name}: not downloaded ({str(e).splitlines()[0]}); name a local file: open_clip:{model}/path/to/weights")
+            raise InputError(f"{name}: not downloaded ({str(e).splitlines()[0]}); name a file: open_clip:{model}/path/to/weights")
     tensors = {key.removeprefix("module."): stored for key, stored in read_file(weights).items()}
 
     def third(whole, n):
@@ -284,7 +286,8 @@ def clip_config_of(tensors):
     hidden, _, patch, _ = shape["embeddings.patch_embedding.weight"]
     layers = 1 + max(int(key.split(".")[2]) for key in shape if key.startswith("encoder.layers."))
     side = round((shape["embeddings.position_embedding.weight"][0] - 1) ** 0.5)
-    return CLIPVisionConfig(hidden, shape["encoder.layers.0.mlp.fc1.weight"][0], layers, max(1, hidden // 64), side * patch, patch)
+    inner = shape["encoder.layers.0.mlp.fc1.weight"][0]
+    return CLIPVisionConfig(hidden, inner, layers, max(1, hidden // 64), side * patch, patch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,7 +344,8 @@ def merge_lora(tensors, folder, dtype=None):
     strange = sorted([key for key in lora if key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") not in targets]
                      + [target for target in targets if target + ".weight" not in tensors])
     if strange:
-        raise InputError(f"{file}: {strange[0]} ({len(strange)} such keys) is no LoRA of a tensor of this base; name the adapter's own base")
+        raise InputError(f"{file}: {strange[0]} ({len(strange)} such keys) is no LoRA of a tensor of this base; "
+                         "name the adapter's own base")
     if not targets:
         raise InputError(f"{file}: holds no LoRA weights, so its saving went wrong; save it again")
 
@@ -353,7 +357,7 @@ def merge_lora(tensors, folder, dtype=None):
     for target in targets:
         whole, a, b = tensors[target + ".weight"], lora[target + ".lora_A.weight"], lora.get(target + ".lora_B.weight")
         if b is None or (b.shape[0], a.shape[1]) != whole.shape or (a.shape[0], b.shape[1]) != (rank, rank):
-            raise InputError(f"{file}: lora_A and lora_B of {target} have shapes {a.shape} and {b and b.shape}, which is no change of "
-                             f"rank {rank} to {whole.shape}; name the adapter's own base, or save it again")
+            raise InputError(f"{file}: lora_A and lora_B of {target} have shapes {a.shape} and {b and b.shape}, which is "
+                             f"no change of rank {rank} to {whole.shape}; name the adapter's own base, or save it again")
         result[target + ".weight"] = Stored(whole.shape, partial(merged, whole, a, b))
     return result
