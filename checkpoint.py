@@ -4,27 +4,32 @@
     head = load_trained("out/stage2", trunk.config, head, fingerprint(trunk, head))     # the base's head, with what was trained
     save_trained("out/stage2", {name: tensor}, info, tokenizer)
 
-A base is a folder in LLaVA's layout (`config.json`, weights as safetensors or .bin, `tokenizer.model`) with its CLIP
-tower in a folder of its own. A trained checkpoint is a folder with `config.json` (what it is, its base and that base's
-fingerprint), `trained.safetensors` (only what was trained) and `tokenizer.model`. Layouts are recognised by content.
+    python checkpoint.py out/stage2 whole          # write base and checkpoint as one model, which is a base again
+    python checkpoint.py non_lora_trainables.bin whole --model_name_or_path llava-v1.5-7b
+
+A base is a whole model, in LLaVA's layout or Hugging Face's; what of it is called how is told in layouts.py. A trained
+checkpoint is a folder with `config.json` (what it is, its base and that base's fingerprint), `trained.safetensors` (only
+what was trained) and `tokenizer.model`, or the training notes' `non_lora_trainables.bin`. A base with one of peft's LoRA
+adapters is another base. Which of these a folder is follows from what it holds.
 
 Modules are made on the meta device and filled tensor by tensor from memory-mapped files, so that loading needs about
-one tensor of extra RAM. A missing or unexpected key is an error that lists it.
+one tensor of extra RAM. Names and shapes are compared before anything is read; what does not fit is listed.
 """
+import argparse
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from clip_vit import CLIPVisionConfig
-from data import ImageProcessor, InputError, Tokenizer, read_json
-from llama import LlamaConfig
-from model import Head, LlavaConfig, Trunk
+from data import InputError, Tokenizer, read_json, run_program
+from layouts import (SEED_FILE, TOWER, Stored, clip_config, clip_config_of, image_processor, llava_config, merge_lora, our_names,
+                     read_file, read_preprocessor, read_seed_file, read_tensors, read_tower, weight_files)
+from model import Head, Trunk
 from post_decoder import BlockConfig
 
 OURS = "nanohadpo"        # config.json's model_type of a trained checkpoint
@@ -34,60 +39,36 @@ OURS = "nanohadpo"        # config.json's model_type of a trained checkpoint
 # Tensors
 
 
-def read_tensors(folder):
-    """All tensors of a folder's weight files → {key: function that reads it}. Safetensors or .bin, sharded or not."""
-    for stem, single in (("model.safetensors", "model.safetensors"), ("pytorch_model.bin", "pytorch_model.bin")):
-        index = os.path.join(folder, stem + ".index.json")
-        if os.path.isfile(index):
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            absent = [n for n in names if not os.path.isfile(os.path.join(folder, n))]
-            if absent:
-                raise InputError(f"{index}: names {', '.join(absent)}, which {folder} does not hold; download the missing shards")
-            return {key: get for name in names for key, get in read_file(os.path.join(folder, name)).items()}
-        if os.path.isfile(os.path.join(folder, single)):
-            return read_file(os.path.join(folder, single))
-    raise InputError(f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin, with their index if sharded)")
-
-
-def read_file(path):
-    """One weight file → {key: function that reads the tensor}. Nothing is read but the header (.bin: memory-mapped)."""
-    if path.endswith(".safetensors"):
-        try:
-            file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{path}: not a whole safetensors file ({e}); download it again")
-        return {key: (lambda key=key: file.get_tensor(key)) for key in file.keys()}
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as e:      # whatever unpickling of a damaged or foreign file may raise
-        raise InputError(f"{path}: cannot be read as a file of tensors ({str(e).splitlines()[0]}); download it again")
-    if not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise InputError(f"{path}: holds something else than tensors; it is not a weight file")
-    return {key: (lambda t=t: t) for key, t in tensors.items()}
-
-
-def fill(module, tensors, source, dtype=None, device="cpu"):
-    """Give `module` (on the meta device) its parameters from {key: function}. InputError lists what does not fit."""
-    own = dict(module.state_dict())
+def fit(module, tensors, source):
+    """InputError unless {key: Stored} are exactly the module's parameters. Nothing is read."""
+    own = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         raise InputError(f"{source}: does not fit this model; missing keys: {missing[:5] or 'none'} ({len(missing)}), "
-                         f"unexpected keys: {unexpected[:5] or 'none'} ({len(unexpected)})")
-    for key, parameter in own.items():
-        tensor = tensors[key]()
-        if tensor.shape != parameter.shape:
-            raise InputError(f"{source}: {key} has shape {tuple(tensor.shape)} and config.json makes it {tuple(parameter.shape)}")
+                         f"unexpected keys: {unexpected[:5] or 'none'} ({len(unexpected)}); is it whole, and of this base?")
+    for key, shape in own.items():
+        if tensors[key].shape != shape:
+            raise InputError(f"{source}: {key} has shape {tensors[key].shape} and config.json makes it {shape}; "
+                             "its weights belong to another model")
+
+
+def fill(module, tensors, source, dtype=None, device="cpu"):
+    """Give `module` (on the meta device) its parameters from {key: Stored}, frozen. InputError says what does not fit."""
+    fit(module, tensors, source)
+    for key in module.state_dict():
+        tensor = tensors[key].read()
         tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-        if not tensor.isfinite().all():
-            raise InputError(f"{source}: {key} holds NaN or infinity; the file is damaged or its training diverged")
-        module.load_state_dict({key: tensor}, strict=False, assign=True)
-    return module.requires_grad_(False)
+        if not all(x.isfinite() for x in tensor.aminmax()):         # 40 times as fast as tensor.isfinite().all()
+            raise InputError(f"{source}: {key} holds NaN or infinity; the file is damaged or its training diverged: take another")
+        owner, _, name = key.rpartition(".")
+        setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
+    return module
 
 
 def fingerprint(trunk, head):
     """Sixteen hex digits of names, shapes and 64 sampled values of every tensor: which base this is, in any dtype ≥ bf16."""
     digest = hashlib.sha256()
-    for module in (trunk, head.lm_head):
+    for module in (trunk, head.lm_head, *([head.post_interaction_block] if head.block else [])):
         for key, tensor in sorted(module.state_dict().items()):
             flat = tensor.flatten()
             at = torch.arange(64, device=flat.device) * (len(flat) - 1) // 63      # whole numbers: fp32 cannot count past 2^24
@@ -100,61 +81,91 @@ def fingerprint(trunk, head):
 # Bases
 
 
-def pick(cls, values):
-    """A config dataclass from those entries of a JSON object that it knows."""
-    return cls(**{f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None})
-
-
-def tower_folder(folder, config, vision_tower):
-    """Where the CLIP tower of a base lies: as named by the user, else by config.json, as it stands or inside `folder`."""
-    name = vision_tower or config.get("mm_vision_tower")
-    if name is None:
-        raise InputError(f"{folder}/config.json: names no mm_vision_tower; name CLIP's folder with --vision_tower")
-    for path in (name, os.path.join(folder, name)):
-        if os.path.isdir(path):
-            return path
-    raise InputError(f"vision tower {name}: no such folder; name CLIP's folder (config.json and weights) with --vision_tower")
+def kind(path):
+    """What a path holds: "trained" (ours), "seed" (the notes' trained file), "adapter" (peft's LoRA) or "base"."""
+    if os.path.isfile(path):
+        return "seed"
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        return "adapter"
+    if os.path.isfile(os.path.join(path, SEED_FILE)) and not weight_files(path):
+        return "seed"
+    return "trained" if read_config(path).get("model_type") == OURS else "base"
 
 
 def read_config(folder):
-    path = os.path.join(folder, "config.json")
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; a local path is meant (nothing is downloaded)")
-    return read_json(path)
+    return read_json(os.path.join(folder, "config.json"), dict)
 
 
-def load_base(folder, vision_tower=None, dtype=None, device="cpu"):
-    """A base in LLaVA's layout → Trunk, Head (no block), Tokenizer, ImageProcessor, everything frozen.
+def find_tower(folder, values, inside, vision_tower):
+    """The tower of a base, whose own tensors of one are `inside` → CLIPVisionConfig, {our name: Stored}, preprocessor, source.
 
-    dtype None keeps that of the files. Raises InputError naming the file and the cure.
+    A tower inside the base is the one that it was trained with. Else it is the one that the user or config.json names.
     """
-    values = read_config(folder)
-    vision_folder = tower_folder(folder, values, vision_tower)
-    vision = read_config(vision_folder)
-    text = pick(LlamaConfig, values)
-    config = LlavaConfig(text, pick(CLIPVisionConfig, vision.get("vision_config", vision)),
-                         select_layer=values.get("mm_vision_select_layer", -2),
-                         projector_hidden_size=values.get("mm_projector_hidden_size"),
-                         max_length=values.get("tokenizer_model_max_length", text.max_position_embeddings),
-                         pad_images=values.get("image_aspect_ratio") == "pad")
+    path = os.path.join(folder, "config.json")
+    if values.get("vision_config"):
+        return clip_config(values["vision_config"], path), inside, read_preprocessor(folder), folder
+    name = vision_tower or values.get("mm_vision_tower")
+    found = next((p for p in (name, os.path.join(folder, name)) if os.path.isdir(p)), None) if name else None
+    if inside and found is None and not vision_tower:
+        return clip_config_of(inside), inside, read_preprocessor(folder), folder
+    if name is None:
+        raise InputError(f"{path}: names no mm_vision_tower; name CLIP's folder with --vision_tower")
+    if found is None and not name.startswith("open_clip:"):
+        raise InputError(f"vision tower {name}: no such folder; name CLIP's folder (config.json and weights) with --vision_tower")
+    vision, tensors, processor = read_tower(found or name)
+    return vision, inside or tensors, processor, folder if inside else found or name
+
+
+def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None):
+    """A base, with a LoRA adapter if one is named → Trunk, Head, Tokenizer, ImageProcessor, everything frozen.
+
+    dtype None keeps that of the files. Raises InputError naming the file and the cure, most of them before weights are read.
+    """
+    values, tensors = read_config(folder), read_tensors(folder)
+    projector = os.path.join(folder, "mm_projector.bin")
+    if os.path.isfile(projector) and not any(key.startswith("model.mm_projector.") for key in tensors):
+        tensors |= our_names(read_file(projector))
+    inside = {key: stored for key, stored in tensors.items() if key.startswith(TOWER)}
+    vision, tower, processor, tower_source = find_tower(folder, values, inside, vision_tower)
+    config = llava_config(values, os.path.join(folder, "config.json"), vision)
+    block = BlockConfig(**values["post_interaction_block"]) if values.get("post_interaction_block") else None
+    if values.get("tie_word_embeddings") or (values.get("text_config") or {}).get("tie_word_embeddings"):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors |= tower
+    if adapter:
+        tensors = merge_lora(tensors, adapter, dtype)
+        if os.path.isfile(os.path.join(adapter, SEED_FILE)):        # what was trained beside the adapter
+            other, trained = read_seed_file(os.path.join(adapter, SEED_FILE), config)
+            block, tensors = other or block, tensors | trained
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.model"))
     if len(tokenizer) > config.text.vocab_size:
-        raise InputError(f"{tokenizer.path}: has {len(tokenizer)} pieces, the model only {config.text.vocab_size} embeddings")
+        raise InputError(f"{tokenizer.path}: has {len(tokenizer)} pieces, the model only {config.text.vocab_size} embeddings; "
+                         "copy the tokenizer.model that belongs to this model")
+    preprocess = image_processor(processor, config, tower_source)
     with torch.device("meta"):
-        trunk, head = Trunk(config), Head(config)
-    tensors = {key: get for key, get in read_tensors(folder).items() if not key.endswith("rotary_emb.inv_freq")}
-    clip = {key: get for key, get in read_tensors(vision_folder).items() if not trunk.vision_tower.unused_key(key)}
-    fill(head, {k: tensors.pop(k) for k in list(tensors) if k.startswith("lm_head.")}, folder, dtype, device)
-    fill(trunk.vision_tower, clip, vision_folder, dtype, device)
-    fill(trunk.model, {k.removeprefix("model."): get for k, get in tensors.items()}, folder, dtype, device)
-    preprocess = ImageProcessor(config.vision.image_size, pad=config.pad_images)
+        trunk, head = Trunk(config), Head(config, block)
+    parts = [(head, {}, folder), (trunk.vision_tower, {}, tower_source), (trunk.model, {}, folder)]
+    for key, stored in tensors.items():
+        if key.startswith(("lm_head.", "post_interaction_block.")):
+            parts[0][1][key] = stored
+        elif not key.startswith(TOWER):
+            parts[2][1][key.removeprefix("model.")] = stored
+        elif not trunk.vision_tower.unused_key(key):
+            parts[1][1][key.removeprefix("vision_tower.")] = stored
+    for part in parts:
+        fit(*part)
+    for part in parts:
+        fill(*part, dtype, device)
     return trunk, head, tokenizer, preprocess
 
 
-def save_base(folder, trunk, head, tokenizer, tensors=None):
+def save_base(folder, trunk, head, tokenizer, tensors=None, preprocess=None):
     """Write a whole model in LLaVA's layout, the tower in `vision_tower/`. Atomic.
 
-    `tensors` {public name: tensor} stand in for the modules' own, which under ZeRO-3 are in pieces.
+    `tensors` {public name: tensor} stand in for the modules' own, which under ZeRO-3 are in pieces. A post-interaction
+    block, which LLaVA's layout does not know, is told in config.json under its own name.
     """
     tensors = tensors or dict(trunk.state_dict()) | dict(head.state_dict())
     tower = {k.removeprefix("vision_tower."): v.contiguous() for k, v in tensors.items() if k.startswith("vision_tower.")}
@@ -168,8 +179,15 @@ def save_base(folder, trunk, head, tokenizer, tensors=None):
               "mm_vision_select_layer": config.select_layer, "mm_vision_select_feature": "patch",
               "image_aspect_ratio": "pad" if config.pad_images else "square",
               "tokenizer_model_max_length": config.max_length}
+    if head.block:
+        values["post_interaction_block"] = asdict(head.block)
     write_json(os.path.join(partial, "config.json"), values)
     write_json(os.path.join(partial, "vision_tower", "config.json"), {"model_type": "clip_vision_model", **asdict(config.vision)})
+    if preprocess:
+        size, settings = preprocess.size, {"image_mean": preprocess.mean, "image_std": preprocess.std}
+        write_json(os.path.join(partial, "vision_tower", "preprocessor_config.json"), settings | {
+            "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
+            "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_normalize": True})
     save_file(rest, os.path.join(partial, "model.safetensors"), {"format": "pt"})
     save_file(tower, os.path.join(partial, "vision_tower", "model.safetensors"), {"format": "pt"})
     shutil.copyfile(tokenizer.path, os.path.join(partial, "tokenizer.model"))
@@ -180,9 +198,18 @@ def save_base(folder, trunk, head, tokenizer, tensors=None):
 # Trained checkpoints
 
 
-def is_trained(folder):
-    """Whether a folder is a trained checkpoint of ours, not a base: by content."""
-    return read_config(folder).get("model_type") == OURS
+def is_trained(path):
+    """Whether a path holds what was trained on top of a base, not a base: by content."""
+    return kind(path) in ("trained", "seed")
+
+
+def base_of(path, named=None):
+    """The base that a checkpoint belongs to: as the user names it, else as the checkpoint does."""
+    what = kind(path)
+    base = path if what == "base" else named or (read_config(path)["base"] if what == "trained" else None)
+    if base is None:
+        raise InputError(f"{path}: does not say which base it belongs to; name it with --model_name_or_path")
+    return base
 
 
 def save_trained(folder, tensors, info, tokenizer):
@@ -193,7 +220,8 @@ def save_trained(folder, tensors, info, tokenizer):
     path = os.path.join(partial, "trained.safetensors")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
     again = read_file(path)
-    bad = [k for k, v in tensors.items() if k not in again or again[k]().shape != v.shape or (v != 0).any() and not again[k]().any()]
+    bad = [k for k, v in tensors.items()
+           if k not in again or again[k].shape != v.shape or (v != 0).any() and not again[k].read().any()]
     if bad or not tensors:
         raise RuntimeError(f"{path}: what was written is not what was trained ({bad or 'nothing was trained'})")
     write_json(os.path.join(partial, "config.json"), {"model_type": OURS, **info})
@@ -201,17 +229,21 @@ def save_trained(folder, tensors, info, tokenizer):
     put_in_place(partial, folder)
 
 
-def load_trained(folder, config, base_head, base_fingerprint, dtype=None, device="cpu"):
+def load_trained(path, config, base_head, base_fingerprint, dtype=None, device="cpu"):
     """A trained checkpoint over its base → Head. Parts that were not trained are the base's own tensors, shared."""
-    info = read_config(folder)
-    if info.get("fingerprint") != base_fingerprint:
-        raise InputError(f"{folder}: was trained on base {info.get('base')} (fingerprint {info.get('fingerprint')}), which is not "
-                         f"the base given here ({base_fingerprint}); name the right one with --model_name_or_path")
+    if kind(path) == "seed":
+        block, tensors = read_seed_file(os.path.join(path, SEED_FILE) if os.path.isdir(path) else path, config)
+    else:
+        info = read_config(path)
+        if info.get("fingerprint") != base_fingerprint:
+            raise InputError(f"{path}: was trained on base {info.get('base')} (fingerprint {info.get('fingerprint')}), which is "
+                             f"not the base given here ({base_fingerprint}); name the right one with --model_name_or_path")
+        block = BlockConfig(**info["block"]) if info.get("block") else None
+        tensors = read_file(os.path.join(path, "trained.safetensors"))
     with torch.device("meta"):
-        head = Head(config, BlockConfig(**info["block"]) if info.get("block") else None)
-    tensors = read_file(os.path.join(folder, "trained.safetensors"))
-    base = {f"lm_head.{k}": (lambda t=t: t) for k, t in base_head.lm_head.state_dict().items()}
-    fill(head, base | tensors, folder, dtype, device)
+        head = Head(config, block)
+    weight = base_head.lm_head.weight
+    fill(head, {"lm_head.weight": Stored(tuple(weight.shape), lambda: weight)} | tensors, path, dtype, device)
     if "lm_head.weight" not in tensors:
         head.lm_head = base_head.lm_head
     return head
@@ -231,3 +263,29 @@ def put_in_place(partial, folder):
         os.rename(folder, old)
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a checkpoint and its base as one whole model, in LLaVA's layout.")
+    parser.add_argument("checkpoint", metavar="CKPT", help="trained checkpoint, LoRA adapter, or a base in any layout")
+    parser.add_argument("output", metavar="OUT", help="folder to write; must not exist yet")
+    parser.add_argument("--model_name_or_path", help="the base, where CKPT does not name it")
+    parser.add_argument("--vision_tower", help="CLIP's folder, where neither base nor checkpoint names one that is there")
+    args = parser.parse_args()
+    if os.path.exists(args.output):
+        raise InputError(f"{args.output}: exists already; name a new folder")
+    what, base = kind(args.checkpoint), base_of(args.checkpoint, args.model_name_or_path)
+    tower = args.vision_tower or (read_config(args.checkpoint).get("vision_tower") if what == "trained" else None)
+    trunk, head, tokenizer, preprocess = load_base(base, tower, adapter=args.checkpoint if what == "adapter" else None)
+    if what in ("trained", "seed"):
+        head = load_trained(args.checkpoint, trunk.config, head, fingerprint(trunk, head))
+    save_base(args.output, trunk, head, tokenizer, preprocess=preprocess)
+    print(f"{args.output}: {base}" + (f" with {args.checkpoint}" if what != "base" else "") + ", a base of its own")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -3,7 +3,8 @@
     tower = CLIPVisionTower(CLIPVisionConfig(), select_layer=-2)
     features = tower(pixel_values)                # (N, 3, 336, 336) normalised → (N, 576, 1024)
 
-Follows CLIP (arXiv 2103.00020); parameter names are those of `CLIPVisionModel` in huggingface/transformers.
+Follows CLIP (arXiv 2103.00020); parameter names are those of `CLIPVisionModel` in huggingface/transformers; open_clip's
+names for the same tensors are told at the end.
 Deliberately different: layers behind the selected one, the last norm and the projection to CLIP's joint space are never
 built, because LLaVA does not use them (layer -2 of 24 means that 23 are built).
 """
@@ -123,3 +124,49 @@ class CLIPVisionTower(nn.Module):
         parts = key.split(".")
         behind = "layers" in parts and int(parts[parts.index("layers") + 1]) >= len(self.vision_model.encoder.layers)
         return behind or "post_layernorm" in parts or parts[-1] == "position_ids"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# open_clip's names for the same tower
+
+OPEN_CLIP_NAMES = {
+    "class_embedding": "embeddings.class_embedding", "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "transformer.resblocks": "encoder.layers",
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2"}
+
+
+def from_open_clip(tensors, third):
+    """{open_clip's key: tensor} → {ours: tensor}, the text half and what follows the layers left out.
+
+    open_clip keeps q, k and v in one: `third(tensor, n)` gives the n-th third of its rows.
+    """
+    ours = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("visual.")
+        if name == key or name.startswith(("ln_post.", "attn_pool.")) or name == "proj":
+            continue
+        for theirs, our in OPEN_CLIP_NAMES.items():
+            name = name.replace(theirs, our)
+        name = "vision_tower.vision_model." + name
+        before, fused, kind = name.partition("attn.in_proj_")
+        if fused:
+            ours |= {f"{before}self_attn.{part}_proj.{kind}": third(tensor, n) for n, part in enumerate("qkv")}
+        else:
+            ours[name] = tensor
+    return ours
+
+
+def open_clip_config(values, quick_gelu):
+    """CLIPVisionConfig of an open_clip model config. Raises ValueError naming what our tower does not build."""
+    vision = values["vision_cfg"]
+    known = ("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size",
+             "pool_type", "final_ln_after_pool", "output_tokens")                       # these act behind the layers
+    other = [name for name in vision if name not in known] + [name for name in ("image_size", "layers", "patch_size")
+                                                              if not isinstance(vision.get(name), int)]
+    if other:
+        raise ValueError(f"its {other[0]} ({vision.get(other[0])}) is not built here")
+    width = vision["width"]
+    return CLIPVisionConfig(width, int(width * vision.get("mlp_ratio", 4.0)), vision["layers"],
+                            width // vision.get("head_width", 64), vision["image_size"], vision["patch_size"],
+                            hidden_act="quick_gelu" if quick_gelu or values.get("quick_gelu") else "gelu")

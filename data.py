@@ -14,6 +14,7 @@ and not in the model, and the shared part of chosen and rejected stands in a row
 import json
 import os
 import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -41,6 +42,16 @@ class InputError(Exception):
     """Something the user can cure. The message names the file, the value and the cure; the programs print only it."""
 
 
+def run_program(main):
+    """Run a command-line program; what the user can cure ends it with one line and exit code 1, said by rank 0."""
+    try:
+        main()
+    except InputError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -50,7 +61,7 @@ class Tokenizer:
 
     def __init__(self, path):
         if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; a checkpoint needs its tokenizer.model (SentencePiece) beside its weights")
+            raise InputError(f"{path}: no such file; copy LLaMA's tokenizer.model (SentencePiece; any Vicuna or LLaVA-1.5 folder has it) there")
         self.path = path
         try:
             self.model = SentencePieceProcessor(model_file=path)
@@ -72,7 +83,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        return self.model.decode([int(i) for i in ids if i not in (PAD, BOS, EOS)])
+        # Hugging Face's LLaVA has more embeddings than the tokenizer has pieces; such an id has no text.
+        return self.model.decode([int(i) for i in ids if i not in (PAD, BOS, EOS) and i < len(self)])
 
 
 def encode_conversation(tokenizer, turns, system=SYSTEM):

@@ -19,7 +19,6 @@ that the best single threshold on it would give, chosen afterwards: what mere ca
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall for seconds where cores are shared
@@ -27,8 +26,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import fingerprint, is_trained, load_base, load_trained, read_config, write_json
-from data import (IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, InputError, PackedDataset, check_images, field, read_pope, read_rows)
+from checkpoint import base_of, fingerprint, is_trained, kind, load_base, load_trained, read_config, write_json
+from data import (IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, InputError, PackedDataset, check_images, field, read_pope, read_rows,
+                  run_program)
 from model import answer
 
 SPLITS = {"random": "random", "popular": "popular", "adv": "adversarial"}      # --set → POPE's name
@@ -191,17 +191,21 @@ def score_file(args):
 
 def load_all(args, device, dtype):
     """Base and checkpoints → trunk, {name: head}, tokenizer, preprocess. All checkpoints must belong to one base."""
+    adapter = next((c for c in args.checkpoints if kind(c) == "adapter"), None)
+    if adapter and len(args.checkpoints) > 1:
+        raise InputError(f"{adapter}: a LoRA adapter changes the base itself, so nothing can be evaluated beside it; name it alone")
     trained = [c for c in args.checkpoints if is_trained(c)]
-    bases = {args.model_name_or_path or read_config(c)["base"] for c in trained} | {c for c in args.checkpoints if c not in trained}
+    bases = {base_of(c, args.model_name_or_path) for c in args.checkpoints}
     if len(bases) > 1:
         raise InputError(f"the checkpoints belong to different bases ({', '.join(sorted(bases))}); evaluate them one base at a time")
     base, = bases
-    tower = args.vision_tower or (read_config(trained[0]).get("vision_tower") if trained else None)
-    trunk, base_head, tokenizer, preprocess = load_base(base, tower, dtype, device)
+    said = [read_config(c).get("vision_tower") for c in trained if kind(c) == "trained"]
+    tower = args.vision_tower or (said[0] if said else None)
+    trunk, base_head, tokenizer, preprocess = load_base(base, tower, dtype, device, adapter)
     mark = fingerprint(trunk, base_head)
     names = [os.path.basename(c.rstrip("/")) for c in trained]
     names = names if len(set(names)) == len(names) else [c.rstrip("/").replace("/", "-").lstrip(".-") for c in trained]
-    heads = {"base": base_head} | {name: load_trained(c, trunk.config, base_head, mark, dtype, device) for name, c in zip(names, trained)}
+    heads = {"adapter" if adapter else "base": base_head} | {name: load_trained(c, trunk.config, base_head, mark, dtype, device) for name, c in zip(names, trained)}
     return trunk, heads, tokenizer, preprocess
 
 
@@ -254,7 +258,8 @@ def evaluate(args):
         return
     metrics = {split: {name: measure(rows, said[name], split) for name in heads} for split, rows in questions.items()}
     print(table(metrics, labels_yes(questions)))
-    folder = args.output_dir or os.path.join(args.checkpoints[0], "pope")
+    first = args.checkpoints[0]
+    folder = args.output_dir or os.path.join(first if os.path.isdir(first) else os.path.dirname(first), "pope")
     os.makedirs(folder, exist_ok=True)
     for name in heads:
         for split, rows in questions.items():
@@ -292,9 +297,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    run_program(main)

@@ -21,7 +21,6 @@ import copy
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import asdict
 
@@ -32,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import fingerprint, is_trained, load_base, load_trained, save_base, save_trained
-from data import IGNORE, InputError, PackedDataset, ResumableSampler, check_images, read_hadpo, read_json, read_llava
+from data import IGNORE, InputError, PackedDataset, ResumableSampler, check_images, read_hadpo, read_json, read_llava, run_program
 from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
 from features import keep_features
 from model import Head, answer_states
@@ -213,6 +212,8 @@ def train(args):
     head, start = base_head, "the base"
     if args.stage and args.init != "identity":
         head, start = load_trained(args.init, trunk.config, base_head, base, dtype, device), args.init
+    elif args.stage and base_head.block:
+        start = "the base's own block"
     elif args.stage and args.block != "head":
         head, start = Head(trunk.config, trunk.config.block(**VARIANTS[args.block])).to(device, dtype), "an identity block"
         head.lm_head = base_head.lm_head
@@ -404,9 +405,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    run_program(main)

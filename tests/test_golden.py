@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, largest_difference
 
-from checkpoint import fill, load_base, read_config, read_file
+from checkpoint import fill, load_base, load_trained
 from data import BOS, EOS, IMAGE, IMAGE_ID, SYSTEM_HADPO_EVAL, PackedDataset, collate, encode_conversation, pack, read_hadpo
 from dpo import dpo_loss, sequence_logps, token_logps
+from layouts import read_seed_file
 from llama import branch_mask
 from model import Head, answer_states, generate
-from post_decoder import VARIANTS, BlockConfig, PostInteractionBlock
+from post_decoder import VARIANTS, PostInteractionBlock
 
 GOLDEN = os.path.abspath(os.environ.get("GOLDEN", os.path.join(ROOT, "..", "shared", "golden")))
 pytestmark = pytest.mark.skipif(not os.path.isfile(os.path.join(GOLDEN, "golden.pt")),
@@ -41,9 +42,9 @@ def examples():
 
 def trained_head(trunk, name):
     """A head from the notes' files, in the original's form: with the outer residual."""
-    with torch.device("meta"):
-        head = Head(trunk.config, trunk.config.block(outer_residual=True))
-    return fill(head, read_file(os.path.join(GOLDEN, name)), name)
+    head = load_trained(os.path.join(GOLDEN, name), trunk.config, Head(trunk.config), None)
+    assert head.block == trunk.config.block(outer_residual=True, zero_init=False)
+    return head
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +142,18 @@ def test_prompts_and_answers(golden, llava):
         assert tokenizer.decode(answers[0][0]) == case["text"]
 
 
-def test_variants(golden):
-    heads = read_config(os.path.join(GOLDEN, "llava-tiny"))["num_attention_heads"]
+def test_variants(golden, llava, tmp_path):
+    """Every ablation of the notes, found out from keys and shapes alone as a `non_lora_trainables.bin` would be."""
     for name, case in golden["variants"].items():
-        h, F, state = case["hidden_states"], case["image_features"], case["state_dict"]
-        config = BlockConfig(hidden_size=h.shape[-1], mm_hidden_size=F.shape[-1], intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
-                             num_attention_heads=heads, outer_residual=True, **VARIANTS[OUR_NAME.get(name, name)])
-        block = PostInteractionBlock(config).requires_grad_(False)
-        # The original builds `align` even where nothing reads it; we do not.
-        unused = () if config.attention == "cross" else ("align.", "image_norm.")
-        block.load_state_dict({key: t for key, t in state.items() if not key.startswith(unused)} if unused else state)
+        h, F, path = case["hidden_states"], case["image_features"], str(tmp_path / f"{name}.bin")
+        torch.save({f"post_interaction_block.{key}": t for key, t in case["state_dict"].items()}, path)
+        config, tensors = read_seed_file(path, llava[0].config)
+        expected = llava[0].config.block(**VARIANTS[OUR_NAME.get(name, name)], outer_residual=True, zero_init=False)
+        with torch.device("meta"):
+            block = PostInteractionBlock(config)
+        fill(block, {key.removeprefix("post_interaction_block."): stored for key, stored in tensors.items()}, path)
         position = torch.arange(h.shape[1]).expand(len(h), -1)
         mask = branch_mask(position, 0 * position, position, 0 * position)
         out = block(h, *((h, mask) if config.attention == "self" else (F,)))
+        assert config == expected
         assert largest_difference(name, out, case["output"]) < 1e-5

@@ -279,7 +279,7 @@ def test_zero3_on_two_processes_follows_zero0_on_one(runs):
         assert largest_difference(name, ours, theirs) < 2e-3 * max(1, np.abs(theirs).max())
     tensors = [read_file(str(runs / name / "trained.safetensors")) for name in ("one", "two")]
     assert tensors[0].keys() == tensors[1].keys()
-    assert max(largest_difference(key, get(), tensors[1][key]()) for key, get in tensors[0].items()) < 1e-2
+    assert max(largest_difference(key, stored.read(), tensors[1][key].read()) for key, stored in tensors[0].items()) < 1e-2
 
 
 def test_every_metric_is_logged(runs):
@@ -305,7 +305,7 @@ def test_checkpoint_holds_exactly_what_was_trained(world, runs):
     expected = {name: p.shape for name, p in Head(trunk.config, trunk.config.block()).named_parameters()}
     for name in ("one", "two"):
         assert sorted(os.listdir(runs / name)) == ["config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors"]
-        tensors = {key: get() for key, get in read_file(str(runs / name / "trained.safetensors")).items()}
+        tensors = {key: stored.read() for key, stored in read_file(str(runs / name / "trained.safetensors")).items()}
         assert {key: t.shape for key, t in tensors.items()} == expected
         assert all(t.any() and t.isfinite().all() for t in tensors.values())     # pitfalls 14 and 15: nothing empty
         assert load_json(runs / name / "config.json")["fingerprint"] == fingerprint(trunk, base_head)

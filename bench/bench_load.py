@@ -1,0 +1,134 @@
+"""How long loading takes and how much memory it needs beyond the model itself.
+
+    python bench/bench_load.py [--gigabytes 13.5] [--format bin] [--folder /tmp/bench_load] [--keep]
+
+Writes a checkpoint in LLaVA's layout at LLaVA-1.5-7B's widths, fp16, as many layers as make up the size (13.5 GB are its
+32), in two shards as LLaVA's files are, and a full-size CLIP tower beside it. Then loads it in a process of its own, with
+the files dropped from the page cache first, and reads the same files plainly for comparison. Prints seconds, GB/s, and
+the highest resident memory (VmHWM, mapped file pages included) less the model and what the process had before.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import torch
+from safetensors.torch import save_file
+
+import shapes
+from checkpoint import load_base, write_json
+from clip_vit import CLIPVisionConfig, CLIPVisionTower
+from llama import LlamaConfig
+from model import Head, LlavaConfig, Trunk
+
+
+def random_tensors(shapes_of):
+    """{key: shape} → fp16 tensors; one million random numbers over and over, because only their number matters."""
+    block = torch.randn(2 ** 20).half() * 0.02
+    return {key: block.repeat(-(-shape.numel() // 2 ** 20))[:shape.numel()].view(shape) for key, shape in shapes_of.items()}
+
+
+def write_checkpoint(folder, gigabytes, kind):
+    """Write the files one shard at a time. Returns the number of layers."""
+    config = LlavaConfig()
+    with torch.device("meta"):
+        none, one = (Trunk(LlavaConfig(LlamaConfig(num_hidden_layers=n))) for n in (0, 1))
+        outside = sum(p.numel() for p in (*Head(config).parameters(), *none.parameters()))
+        layer = sum(p.numel() for p in one.model.layers.parameters())
+        layers = max(1, round((gigabytes * 1e9 / 2 - outside) / layer))
+        config.text.num_hidden_layers = layers
+        state = {**Trunk(config).model.state_dict(prefix="model."), **Head(config).state_dict()}
+        tower = CLIPVisionTower(CLIPVisionConfig(), -1).state_dict()
+    os.makedirs(os.path.join(folder, "clip"))
+    names, weight_map = list(state), {}
+    for n, part in enumerate((names[:len(names) // 2], names[len(names) // 2:]), start=1):
+        name = f"pytorch_model-0000{n}-of-00002.bin" if kind == "bin" else f"model-0000{n}-of-00002.safetensors"
+        tensors, path = random_tensors({key: state[key].shape for key in part}), os.path.join(folder, name)
+        torch.save(tensors, path) if kind == "bin" else save_file(tensors, path)
+        weight_map |= dict.fromkeys(part, name)
+        del tensors
+    index = "pytorch_model.bin.index.json" if kind == "bin" else "model.safetensors.index.json"
+    write_json(os.path.join(folder, index), {"weight_map": weight_map})
+    save_file(random_tensors({key: t.shape for key, t in tower.items()}), os.path.join(folder, "clip", "model.safetensors"))
+    write_json(os.path.join(folder, "clip", "config.json"), vars(config.vision))
+    write_json(os.path.join(folder, "config.json"), vars(config.text) | {"mm_vision_tower": "clip", "image_aspect_ratio": "pad"})
+    shapes.train_tokenizer(os.path.join(folder, "tokenizer.model"))
+    return layers
+
+
+def weights(folder):
+    paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return [path for path in paths if path.endswith((".bin", ".safetensors"))]
+
+
+def forget(folder):
+    """Drop the files from the page cache, so that they are read from the disk."""
+    for path in weights(folder):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_plainly(folder):
+    """Seconds that reading the same files into one small buffer takes."""
+    began, buffer = time.perf_counter(), bytearray(2 ** 24)
+    for path in weights(folder):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - began
+
+
+def fresh_memory():
+    """GB/s at which this machine hands out memory that was never used: in a virtual machine often less than the disk gives."""
+    began = time.perf_counter()
+    return torch.ones(2 ** 30, dtype=torch.uint8).nbytes / 1e9 / (time.perf_counter() - began)
+
+
+def memory(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
+
+
+def load(folder):
+    """What the measured process does → one line of JSON."""
+    before, began = memory("VmRSS"), time.perf_counter()
+    trunk, head, *_ = load_base(folder)
+    seconds, tensors = time.perf_counter() - began, [*trunk.parameters(), *head.parameters()]
+    size = sum(t.nbytes for t in tensors)
+    extra = memory("VmHWM") - before - size
+    print(json.dumps({"seconds": seconds, "model": size, "largest": max(t.nbytes for t in tensors), "extra": extra}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=13.5)
+    parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
+    parser.add_argument("--folder", default="/tmp/bench_load", help="where the files are written; removed at the end")
+    parser.add_argument("--keep", action="store_true", help="leave the files, and use those that are there")
+    parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        return load(args.folder)
+    if not os.path.isdir(args.folder):
+        write_checkpoint(args.folder, args.gigabytes, args.format)
+    size = sum(map(os.path.getsize, weights(args.folder)))
+    forget(args.folder)
+    plain = read_plainly(args.folder)
+    forget(args.folder)
+    command = [sys.executable, os.path.abspath(__file__), "--load", "--folder", args.folder]
+    result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    seconds, size, model = result["seconds"], size / 1e9, result["model"] / 1e9
+    print(f"{size:.2f} GB of {args.format}: loaded in {seconds:.1f} s ({size / seconds:.2f} GB/s; plain reading {size / plain:.2f} GB/s, "
+          f"fresh memory {fresh_memory():.2f} GB/s)")
+    print(f"model {model:.2f} GB, beyond it at most {result['extra'] / 1e6:.0f} MB (largest tensor {result['largest'] / 1e6:.0f} MB)")
+    if not args.keep:
+        shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()
