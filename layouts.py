@@ -31,6 +31,9 @@ from post_decoder import BlockConfig
 # Files of tensors
 
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
 @dataclass
 class Stored:
     """A tensor that still lies in its file: its shape, and the function that reads it."""
@@ -63,26 +66,30 @@ def read_tensors(folder):
 
 
 def read_file(path):
-    """One weight file → {key: Stored}. The file is memory-mapped; nothing is read but the header."""
+    """One weight file → {key: Stored}. Nothing is read but the header; a .bin is memory-mapped."""
     return read_safetensors(path) if path.endswith(".safetensors") else read_bin(path)
 
 
-def advise(tensor, advice):
-    """Tell the kernel about the mapped pages of a tensor: fetch them ahead (4 times as fast), or give them back."""
-    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), advice)
-    return tensor
-
-
 def read_safetensors(path):
+    """The library checks the header; the numbers are read straight into new tensors: no more memory than one of them."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole safetensors file ({e}); download it again")
+            dtypes = {key: DTYPES[file.get_slice(key).get_dtype()] for key in file.keys()}
+    except (SafetensorError, OSError, KeyError) as e:
+        raise InputError(f"{path}: not a whole safetensors file of floats ({e}); download it again")
+    with open(path, "rb") as file:          # the format: length of the header (8 bytes), header (JSON), numbers
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
 
-    def read(key):          # mapped anew each time: pages count as this process's memory until their mapping is gone
-        return advise(safe_open(path, framework="pt").get_tensor(key), mmap.MADV_WILLNEED)
+    def read(key):
+        tensor = torch.empty(shapes[key], dtype=dtypes[key])
+        with open(path, "rb", buffering=0) as file:
+            file.seek(8 + length + header[key]["data_offsets"][0])
+            rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            while rest:
+                rest = rest[file.readinto(rest):]
+        return tensor
 
     return {key: Stored(shape, partial(read, key)) for key, shape in shapes.items()}
 
@@ -106,9 +113,11 @@ def read_bin(path):
     def read(key):          # the pages of the tensor before are given back; they are the file's, so it could be read again
         if mapped:
             for tensor in last:
-                advise(tensor, mmap.MADV_DONTNEED)
-            last[:] = [advise(tensors[key], mmap.MADV_WILLNEED)]
-        return tensors[key]
+                start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+                size = tensor.data_ptr() + tensor.nbytes - start
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+            last[:] = [tensors[key]]
+        return tensors[key].clone()
 
     return {key: Stored(tuple(t.shape), partial(read, key)) for key, t in tensors.items()}
 

@@ -352,7 +352,7 @@ def test_what_init_brought_along_is_kept(world, runs, tmp_path, in_this_process)
     """Stage 1 from a stage-2 checkpoint trains the block alone; the lm_head that came with it must not be lost."""
     flags = typed(world, tmp_path, "again", 0, "--per_device_train_batch_size", 8, "--init", runs / "one")
     train.train(train.parse([str(flag) for flag in flags[1:]] + ["--stage", "1"]))
-    before, after = ({k: get() for k, get in read_file(f"{folder}/trained.safetensors").items()} for folder in (runs / "one", tmp_path / "again"))
+    before, after = ({k: stored.read() for k, stored in read_file(f"{folder}/trained.safetensors").items()} for folder in (runs / "one", tmp_path / "again"))
     assert before.keys() == after.keys() and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
