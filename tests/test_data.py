@@ -341,6 +341,20 @@ def test_preprocessing_is_clips(tmp_path, name, pad):
     assert largest_difference(f"{name}, pad {pad}", ours, theirs) < 1e-6
 
 
+PHOTOGRAPHS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "..", "shared", "images")
+
+
+@pytest.mark.skipif(not os.path.isdir(PHOTOGRAPHS), reason=f"no photographs in {PHOTOGRAPHS}")
+def test_real_photographs():
+    """At the real size, 336 pixels, behind LLaVA's padding."""
+    paths = [os.path.join(PHOTOGRAPHS, name) for name in sorted(os.listdir(PHOTOGRAPHS))]
+    assert paths
+    for path in paths:
+        with Image.open(path) as file:
+            theirs = clip_processor(336)(llava_padding(file.convert("RGB")), return_tensors="pt")["pixel_values"][0]
+        assert largest_difference(os.path.basename(path), ImageProcessor(336)(path), theirs) < 1e-6
+
+
 def test_a_gif_named_jpg_opens(tmp_path):
     """By content, not by name (pitfall 7)."""
     path, plain = str(tmp_path / "cat.jpg"), str(tmp_path / "cat.gif")
