@@ -61,7 +61,8 @@ class Tokenizer:
 
     def __init__(self, path):
         if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; copy LLaMA's tokenizer.model (SentencePiece; any Vicuna or LLaVA-1.5 folder has it) there")
+            raise InputError(f"{path}: no such file; copy LLaMA's tokenizer.model (SentencePiece; any Vicuna or LLaVA-1.5 folder "
+                             "has it) there")
         self.path = path
         try:
             self.model = SentencePieceProcessor(model_file=path)
@@ -315,7 +316,8 @@ def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed
     def pair(image_id, path, number, question, chosen, rejected):
         image_id = int(image_id) if str(image_id).isdigit() else image_id
         if image_id not in images:
-            raise InputError(f"{path}, row {number}: image_id {image_id} is not in {vg_path}/image_data.json; do both belong to the same data?")
+            raise InputError(f"{path}, row {number}: image_id {image_id} is not in {vg_path}/image_data.json; do both belong to "
+                             "the same data?")
         question = f"{IMAGE}\n{question}"
         return Example(images[image_id], [[(question, chosen)], [(question, rejected)]])
 

@@ -205,7 +205,8 @@ def load_all(args, device, dtype):
     mark = fingerprint(trunk, base_head)
     names = [os.path.basename(c.rstrip("/")) for c in trained]
     names = names if len(set(names)) == len(names) else [c.rstrip("/").replace("/", "-").lstrip(".-") for c in trained]
-    heads = {"adapter" if adapter else "base": base_head} | {name: load_trained(c, trunk.config, base_head, mark, dtype, device) for name, c in zip(names, trained)}
+    heads = {"adapter" if adapter else "base": base_head}
+    heads |= {name: load_trained(c, trunk.config, base_head, mark, dtype, device) for name, c in zip(names, trained)}
     return trunk, heads, tokenizer, preprocess
 
 

@@ -243,7 +243,8 @@ def train(args):
     with open(metrics_path if rank == 0 else os.devnull, "w") as log:
         run_steps(engine, loader, steps, device, dtype, trained, log, args.logging_steps, global_batch)
     # What is not the base's own: what is trained now, and what --init brought along.
-    ours = {n for n in head.state_dict() if n in trained or n.startswith("post_interaction_block.") or head.lm_head is not base_head.lm_head}
+    brought = head.lm_head is not base_head.lm_head
+    ours = {name for name in head.state_dict() if name in trained or brought or name.startswith("post_interaction_block.")}
     save(deepspeed, args, trunk, head, ours, tokenizer, base, steps, metrics_path, zero_stage)
     engine.destroy()
 
