@@ -12,8 +12,7 @@ checkpoint is a folder with `config.json` (what it is, its base and that base's 
 what was trained) and `tokenizer.model`, or the training notes' `non_lora_trainables.bin`. A base with one of peft's LoRA
 adapters is another base. Which of these a folder is follows from what it holds.
 
-Modules are made on the meta device and filled tensor by tensor from memory-mapped files, so that loading needs about
-one tensor of extra RAM. Names and shapes are compared before anything is read; what does not fit is listed.
+Modules are made on the meta device and filled tensor by tensor, so that loading needs about one tensor of extra RAM. Names and shapes are compared before anything is read; what does not fit is listed.
 """
 import argparse
 import hashlib
@@ -26,8 +25,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from clip_vit import TOWER
 from data import InputError, Tokenizer, read_json, run_program
-from layouts import (SEED_FILE, TOWER, Stored, clip_config, clip_config_of, image_processor, llava_config, merge_lora, our_names,
+from layouts import (SEED_FILE, Stored, clip_config, clip_config_of, image_processor, llava_config, merge_lora, our_names,
                      read_file, read_preprocessor, read_seed_file, read_tensors, read_tower, weight_files)
 from model import Head, Trunk
 from post_decoder import BlockConfig
@@ -212,6 +212,11 @@ def base_of(path, named=None):
     return base
 
 
+def tower_of(path, named=None):
+    """The vision tower to load with a checkpoint: as the user names it, else as the checkpoint does, else None."""
+    return named or (read_config(path).get("vision_tower") if kind(path) == "trained" else None)
+
+
 def save_trained(folder, tensors, info, tokenizer):
     """Write a trained checkpoint, read it back and put it in its place. `tensors`: {public name: tensor}."""
     partial = folder.rstrip("/") + ".partial"
@@ -279,8 +284,8 @@ def main():
     if os.path.exists(args.output):
         raise InputError(f"{args.output}: exists already; name a new folder")
     what, base = kind(args.checkpoint), base_of(args.checkpoint, args.model_name_or_path)
-    tower = args.vision_tower or (read_config(args.checkpoint).get("vision_tower") if what == "trained" else None)
-    trunk, head, tokenizer, preprocess = load_base(base, tower, adapter=args.checkpoint if what == "adapter" else None)
+    trunk, head, tokenizer, preprocess = load_base(base, tower_of(args.checkpoint, args.vision_tower),
+                                                   adapter=args.checkpoint if what == "adapter" else None)
     if what in ("trained", "seed"):
         head = load_trained(args.checkpoint, trunk.config, head, fingerprint(trunk, head))
     save_base(args.output, trunk, head, tokenizer, preprocess=preprocess)

@@ -16,6 +16,7 @@ from torch import nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TOWER = "vision_tower.vision_model."      # how the keys of a tower begin in a whole model
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
@@ -148,7 +149,7 @@ def from_open_clip(tensors, third):
             continue
         for theirs, our in OPEN_CLIP_NAMES.items():
             name = name.replace(theirs, our)
-        name = "vision_tower.vision_model." + name
+        name = TOWER + name
         before, fused, kind = name.partition("attn.in_proj_")
         if fused:
             ours |= {f"{before}self_attn.{part}_proj.{kind}": third(tensor, n) for n, part in enumerate("qkv")}

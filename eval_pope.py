@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import base_of, fingerprint, is_trained, kind, load_base, load_trained, read_config, write_json
+from checkpoint import base_of, fingerprint, is_trained, kind, load_base, load_trained, tower_of, write_json
 from data import (IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, InputError, PackedDataset, check_images, field, read_pope, read_rows,
                   run_program)
 from model import answer
@@ -199,8 +199,7 @@ def load_all(args, device, dtype):
     if len(bases) > 1:
         raise InputError(f"the checkpoints belong to different bases ({', '.join(sorted(bases))}); evaluate them one base at a time")
     base, = bases
-    said = [read_config(c).get("vision_tower") for c in trained if kind(c) == "trained"]
-    tower = args.vision_tower or (said[0] if said else None)
+    tower = next(filter(None, (tower_of(c, args.vision_tower) for c in args.checkpoints)), None)
     trunk, base_head, tokenizer, preprocess = load_base(base, tower, dtype, device, adapter)
     mark = fingerprint(trunk, base_head)
     names = [os.path.basename(c.rstrip("/")) for c in trained]

@@ -50,8 +50,9 @@ class KeptFeatures(torch.utils.data.Dataset):
 
     def __getitem__(self, indices):
         indices = np.asarray(indices)
-        batch = Batch(**{name: torch.from_numpy(self._padded(name, indices)[0].astype(np.int64)) for name in FIELDS})
-        _, at, real = self._padded("position", indices)
+        padded = {name: self._padded(name, indices) for name in FIELDS}
+        batch = Batch(**{name: torch.from_numpy(values.astype(np.int64)) for name, (values, _, _) in padded.items()})
+        _, at, real = padded["position"]
         batch.hidden = self.hidden[torch.from_numpy(np.where(real, at, 0))]                 # (B, K, hidden)
         images, index = np.unique(self.image_index[indices], return_inverse=True)
         batch.features = self.features[torch.from_numpy(images[images >= 0])]               # (N, P, C)
@@ -99,7 +100,7 @@ def keep_features(folder, dataset, trunk, block, base, batch_size, rank=0, world
         batch = dataset[indices].to(parameter.device, parameter.dtype)
         with torch.inference_mode():
             hidden, features = trunk(batch)
-            features = trunk.image_context(block, features) if block and features is not None else features
+            features = trunk.image_context(block, features)
         hidden = hidden.cpu()
         for n, i in enumerate(indices):
             tokens, image = tokens_of[i]

@@ -21,7 +21,7 @@ from typing import Callable
 import torch
 from safetensors import SafetensorError, safe_open
 
-from clip_vit import ACTIVATIONS, CLIP_MEAN, CLIP_STD, CLIPVisionConfig, from_open_clip, open_clip_config
+from clip_vit import ACTIVATIONS, CLIP_MEAN, CLIP_STD, TOWER, CLIPVisionConfig, from_open_clip, open_clip_config
 from data import ImageProcessor, InputError, field, read_json
 from llama import LlamaConfig
 from model import LlavaConfig
@@ -125,7 +125,6 @@ def read_bin(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
-TOWER = "vision_tower.vision_model."
 RENAMES = [  # (prefix of a public key, ours); the first that fits, and a key that none fits has our name already
     ("model.vision_tower.vision_tower.vision_model.", TOWER),   # LLaVA, tower inside the checkpoint
     ("model.vision_tower.vision_tower.", TOWER),                #   the same, saved with transformers 5

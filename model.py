@@ -72,8 +72,9 @@ class Trunk(nn.Module):
         return self.model(embeds, batch.position, batch.branch, cache), features
 
     def image_context(self, block, features):
-        """What the block's `image_source` names: the tower's features or the projector's output, (N, P, C')."""
-        return self.model.mm_projector(features) if block.image_source == "projector" else features
+        """What the block (a BlockConfig or None) looks at: the tower's features or the projector's output, (N, P, C')."""
+        projected = block is not None and block.image_source == "projector" and features is not None
+        return self.model.mm_projector(features) if projected else features
 
 
 class Head(nn.Module):
@@ -139,7 +140,7 @@ def _decode(trunk, head, batch, cache, hidden, features, max_new_tokens):
     at = batch.ends.clamp(min=0)
     branch = torch.where(real, take(batch.branch, at), PAD_BRANCH)
     position = take(batch.position, at)
-    context = trunk.image_context(head.block, features) if head.block and features is not None else features
+    context = trunk.image_context(head.block, features)
     cache.length = hidden.shape[1]
     unfinished, tokens, first_logits = real, [], None
     seen = Batch(position=batch.position, branch=batch.branch, image_index=batch.image_index)

@@ -53,7 +53,7 @@ def prepare_tiny_world(args, train, device):
     args.data_path, args.image_folder = os.path.join(world, "llava", "train.json"), os.path.join(world, "llava", "images")
     if not os.path.isdir(base):
         train(argparse.Namespace(**vars(args) | TINY[0] | dict(
-            stage=0, model_name_or_path=untrained, output_dir=base, deepspeed=None, default_batch=32, bf16=args.bf16,
+            stage=0, model_name_or_path=untrained, output_dir=base, deepspeed=None, default_batch=32,
             per_device_train_batch_size=None, gradient_accumulation_steps=None, max_steps=args.tiny_base_steps)))
     hadpo = os.path.join(world, "hadpo")
     if first and not os.path.isdir(hadpo):

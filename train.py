@@ -68,7 +68,7 @@ class Objective(nn.Module):
         if hidden is None:
             with torch.set_grad_enabled(any(p.requires_grad for p in self.trunk.parameters())):
                 hidden, features = self.trunk(batch)
-                context = self.trunk.image_context(self.block, features) if self.block and features is not None else features
+                context = self.trunk.image_context(self.block, features)
         states = answer_states(self.head, hidden, context, batch)
         logps = self.logps(self.head, states, batch)
         if self.loss == "sft":
@@ -262,13 +262,14 @@ def run_steps(engine, loader, steps, device, dtype, trained, log, logging_steps,
         loss, metrics = engine(batch.to(device, dtype))
         engine.backward(loss)
         gathered.append(metrics)
+        if micro % accumulation:
+            engine.step()       # only counts
+            continue
+        if step == 0:
+            check_gradients(trained, engine)
         learning_rate = engine.get_lr()[0]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
-        if micro == accumulation:
-            check_gradients(trained, engine)
         engine.step()
-        if micro % accumulation:
-            continue
         step += 1
         values = torch.stack([torch.stack([m[name] for m in gathered]).float().mean() for name in gathered[0]])
         dist.all_reduce(values)

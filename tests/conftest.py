@@ -1,6 +1,6 @@
 """What the chapters share: a random LLaVA, a tiny world on disk with an untrained base, and a shell to type into.
 
-Nothing here is downloaded and nothing depends on ../shared, except tests/test_golden.py, which skips without it.
+Nothing is downloaded, and nothing here depends on ../shared; the tests that read it say so and skip without it.
 """
 import json
 import os
