@@ -54,39 +54,75 @@ def branch_mask(query_position, query_branch, key_position, key_branch):
     return (not_later & ((j_branch == 0) | (j_branch == i_branch)))[:, None]
 
 
-class KVCache:
-    """Keys and values of every layer, with the position and branch of the tokens that they belong to.
+def plain_length(branch):
+    """How many columns of rows (B, T) lie before every branch: there, later in the row means later in position.
 
-    `length` is the number of tokens held; setting it back (`cache.length = n`) forgets what came after, which is how
-    several checkpoints decode from one pass over the prompt.
+    Padding stands behind its row, so no token of the row looks at it there either.
+    """
+    branches = (branch > 0).any(0)                                                              # (T,)
+    return int(torch.cat((branches, branches.new_ones(1))).int().argmax())
+
+
+class KVCache:
+    """Keys and values of every layer in columns, with position and branch of the tokens that they belong to.
+
+    `length` columns are in use; the others count as padding. Setting it back (`cache.length = n`) forgets what came after,
+    which is how several checkpoints decode from one pass over the prompt. Where the newest tokens stand is known on the
+    device (`columns`), and attention reads all columns, so that a GPU can record one step of decoding and replay it.
     """
 
     def __init__(self, config, batch_size, capacity, device, dtype):
+        capacity = -(-capacity // 8) * 8                        # what the kernels with a mask like best
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)                            # (L, B, H_kv, S, D)
-        self.values = torch.empty_like(self.keys)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)                            # (L, B, H_kv, S, D)
+        self.values = torch.zeros_like(self.keys)
         self.position = torch.zeros(batch_size, capacity, device=device, dtype=torch.long)    # (B, S)
         self.branch = torch.full_like(self.position, PAD_BRANCH)
-        self.length = 0
+        self.columns = torch.empty(0, device=device, dtype=torch.long)                        # (T,) of the newest tokens
+        self._end = torch.zeros((), device=device, dtype=torch.long)
+        self._length = 0
 
-    def add_tokens(self, position, branch):
-        """Make room for T more tokens in every layer. Returns position and branch of all tokens held, (B, S)."""
-        end, capacity = self.length + position.shape[1], self.position.shape[1]
-        if end > capacity:
-            more = max(end - capacity, capacity // 4)           # rarely: nobody knows how long the answers will be
+    @property
+    def capacity(self):
+        return self.position.shape[1]
+
+    @property
+    def length(self):
+        return self._length
+
+    @length.setter
+    def length(self, length):
+        self._length = length
+        self._end.fill_(length)
+        self.branch[:, length:] = PAD_BRANCH
+
+    def reserve(self, tokens):
+        """Make room for that many more tokens. Returns whether the cache had to grow, which is then by more than asked for:
+        nobody knows how long the answers will be."""
+        missing = self._length + tokens - self.capacity
+        if missing > 0:
+            more = -(-max(missing, self.capacity // 4) // 8) * 8
             self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
             self.position, self.branch = F.pad(self.position, (0, more)), F.pad(self.branch, (0, more), value=PAD_BRANCH)
-        self.position[:, self.length:end] = position
-        self.branch[:, self.length:end] = branch
-        self.length = end
-        return self.position[:, :end], self.branch[:, :end]
+        return missing > 0
+
+    def add_tokens(self, position, branch):
+        """Take in T more tokens, (B, T). Returns position and branch of all columns that they may look at, (B, S)."""
+        T, first = position.shape[1], self._length == 0
+        self.reserve(T)
+        self.columns = self._end + torch.arange(T, device=position.device)
+        self.position.index_copy_(1, self.columns, position)
+        self.branch.index_copy_(1, self.columns, branch)
+        self._end += T
+        self._length += T
+        return (position, branch) if first else (self.position, self.branch)
 
     def add(self, layer, key, value):
-        """Store the T newest tokens of one layer, (B, H_kv, T, D). Returns all that are held, (B, H_kv, S, D)."""
-        start = self.length - key.shape[2]
-        self.keys[layer, :, :, start:self.length] = key
-        self.values[layer, :, :, start:self.length] = value
-        return self.keys[layer, :, :, :self.length], self.values[layer, :, :, :self.length]
+        """Store one layer of the T newest tokens, (B, H_kv, T, D). Returns what they may look at, (B, H_kv, S, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.columns, key)
+        values.index_copy_(2, self.columns, value)
+        return (key, value) if self._length == key.shape[2] else (keys, values)
 
 
 class RMSNorm(nn.Module):
@@ -96,22 +132,39 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # In fp32, and rounded before the weight is applied, as the public implementation does.
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        # torch's own kernel works in fp32 and rounds once, behind the weight; the public implementation also before it.
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_embedding(position, head_dim, theta, dtype):
-    """cos and sin of the rotation angles position * theta^(-2i/D), each (B, 1, T, D); RoPE, eq. 34."""
+    """cos and sin of the rotation angles position * theta^(-2i/D), each (B, T, 1, D); RoPE, eq. 34.
+
+    Pairs are (i, i + D/2); the sign that the first of a pair has is in sin.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
-    angle = position[:, None, :, None].float() * frequency                          # (B, 1, T, D/2)
-    angle = torch.cat((angle, angle), -1)                                           # pairs are (i, i + D/2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = position[:, :, None, None].float() * frequency                          # (B, T, 1, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x, cos, sin):
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    """x (B, T, H, D). Three kernels: on a GPU this reads and writes memory and does little else."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q, k, v, bias, plain):
+    """softmax(q k^T / sqrt(D) + bias) v, eq. 1 of arXiv 1706.03762. q (B, H, T, D), k and v (B, H_kv, S, D) → (B, H, T, D).
+
+    The first `plain` queries are causal over the first `plain` keys; `bias` (B, 1, T - plain, S) rules the others. So the
+    prefix, which is most of a row, takes the fast kernel that knows no mask, and a row without branches needs none.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    parts = []
+    if plain:
+        parts.append(F.scaled_dot_product_attention(*(x[:, :, :plain] for x in (q, k, v)), is_causal=True, enable_gqa=grouped))
+    if plain < q.shape[2]:
+        parts.append(F.scaled_dot_product_attention(q[:, :, plain:], k, v, attn_mask=bias, enable_gqa=grouped))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 class Attention(nn.Module):
@@ -124,17 +177,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, rotary, mask, cache, layer):
+    def forward(self, x, rotary, bias, plain, cache, layer):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)        # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)     # (B, H_kv, T, D)
+        q = rotate(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), *rotary).transpose(1, 2)       # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim), *rotary).transpose(1, 2)    # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.add(layer, k, v)                                                   # (B, H_kv, S, D)
-        grouped = self.num_heads != self.num_kv_heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)   # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v, bias, plain).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -158,8 +208,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rotary, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+    def forward(self, x, rotary, bias, plain, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, bias, plain, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -175,10 +225,12 @@ class LlamaModel(nn.Module):
 
     def forward(self, inputs_embeds, position, branch, cache=None):
         """(B, T, hidden) with position and branch (B, T) → (B, T, hidden). With a cache, these are its T newest."""
+        plain = 0 if cache is not None and cache.length else plain_length(branch)
         keys = (position, branch) if cache is None else cache.add_tokens(position, branch)
-        mask = branch_mask(position, branch, *keys)                                         # (B, 1, T, S)
+        mask = branch_mask(position[:, plain:], branch[:, plain:], *keys)                   # (B, 1, T - plain, S)
+        bias = torch.zeros(mask.shape, device=mask.device, dtype=inputs_embeds.dtype).masked_fill_(~mask, float("-inf"))
         rotary = rotary_embedding(position, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
         x = inputs_embeds
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, cache, i)
+            x = layer(x, rotary, bias, plain, cache, i)
         return self.norm(x)

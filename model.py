@@ -17,6 +17,7 @@ Deliberately different: `Trunk` has no `lm_head`, and the image's place in the r
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -127,37 +128,60 @@ def generate(trunk, heads, batch, max_new_tokens):
     branch ids let each see the prefix and its own past. Returns one (tokens, first_logits) per head: tokens[row][branch]
     is a list of ids without `</s>`, and first_logits (B, N, vocab) are those of the first answer token.
     """
-    B, T = batch.input_ids.shape
+    (B, T), N = batch.input_ids.shape, batch.ends.shape[1]
     parameter = next(trunk.parameters())
-    steps = min(max_new_tokens, 16)                              # room for short answers; the cache grows for longer ones
-    cache = KVCache(trunk.config.text, B, T + steps * batch.ends.shape[1], parameter.device, parameter.dtype)
-    prompt_hidden, features = trunk(batch, cache)
-    return [_decode(trunk, head, batch, cache, prompt_hidden, features, max_new_tokens) for head in heads]
+    steps = min(max_new_tokens - 1, 16)                          # room for short answers; the cache grows for longer ones
+    cache = KVCache(trunk.config.text, B, T + steps * N, parameter.device, parameter.dtype)
+    hidden, features = trunk(batch, cache)
+    return [_decode(trunk, head, batch, cache, hidden, features, max_new_tokens) for head in heads]
 
 
-def _decode(trunk, head, batch, cache, hidden, features, max_new_tokens):
-    real = batch.ends >= 0                                                                  # (B, N)
-    at = batch.ends.clamp(min=0)
+def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
+    """One head's answers. A step changes nothing but tensors in place, so that a GPU can record it once and replay it:
+    launching a step's thousand kernels one by one takes longer than running them."""
+    real, at = batch.ends >= 0, batch.ends.clamp(min=0)                                     # (B, N)
+    token, unfinished = torch.full_like(at, EOS), real.clone()
     branch = torch.where(real, take(batch.branch, at), PAD_BRANCH)
     position = take(batch.position, at)
     context = trunk.image_context(head.block, features)
-    cache.length = hidden.shape[1]
-    unfinished, tokens, first_logits = real, [], None
-    seen = Batch(position=batch.position, branch=batch.branch, image_index=batch.image_index)
-    while len(tokens) < max_new_tokens and unfinished.any():
+    whole = head.block is not None and head.block.attention == "self"      # then the block looks at all hidden states
+    cache.length, N = prompt.shape[1], at.shape[1]
+
+    def choose(hidden, at, seen):
         logits = head(*answer_states(head, hidden, context, seen, at))                      # (B, N, vocab)
-        first_logits = logits if first_logits is None else first_logits
-        token = torch.where(unfinished, logits.argmax(-1), EOS)                             # (B, N)
-        tokens.append(token)
-        unfinished = unfinished & (token != EOS)
-        position = position + 1
-        step = Batch(input_ids=token, position=position, branch=torch.where(unfinished, branch, PAD_BRANCH))
-        new, _ = trunk(step, cache)                                                         # (B, N, hidden)
-        history = head.block is not None and head.block.attention == "self"
-        hidden = torch.cat((hidden, new), 1) if history else new
-        seen.position, seen.branch = (cache.position[:, :cache.length], cache.branch[:, :cache.length]) if history else \
-            (step.position, step.branch)
-        at = torch.arange(hidden.shape[1] - new.shape[1], hidden.shape[1], device=token.device).expand_as(token)
+        token.copy_(torch.where(unfinished, logits.argmax(-1), EOS))
+        unfinished.logical_and_(token != EOS)
+        position.add_(1)
+        branch.masked_fill_(~unfinished, PAD_BRANCH)
+        return logits
+
+    def step():
+        hidden, _ = trunk(Batch(input_ids=token, position=position, branch=branch), cache)  # (B, N, hidden)
+        if whole:
+            history.index_copy_(1, cache.columns, hidden)
+            seen = Batch(position=cache.position, branch=cache.branch, image_index=batch.image_index)
+            choose(history, cache.columns.expand_as(token), seen)
+        else:
+            choose(hidden, newest, Batch(position=position, branch=branch, image_index=batch.image_index))
+
+    first_logits = choose(prompt, at, batch)
+    newest = torch.arange(N, device=token.device).expand_as(token)
+    tokens, graph, history = [token.clone()], None, prompt
+    while len(tokens) < max_new_tokens and unfinished.any():
+        grown = cache.reserve(N)
+        if whole and history.shape[1] < cache.capacity:
+            history = F.pad(history, (0, 0, 0, cache.capacity - history.shape[1]))
+        if token.is_cuda:
+            if graph is None or grown:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()                              # nothing runs yet; cache.length counts this step
+            else:
+                cache.length += N
+            graph.replay()
+        else:
+            step()
+        tokens.append(token.clone())
     tokens = torch.stack(tokens, -1).tolist()                                               # (B, N, steps)
     answers = [[ids[:ids.index(EOS)] if EOS in ids else ids for ids, r in zip(row, rs) if r]
                for row, rs in zip(tokens, real.tolist())]
