@@ -31,11 +31,12 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import fingerprint, is_trained, load_base, load_trained, save_base, save_trained
-from data import IGNORE, InputError, PackedDataset, ResumableSampler, check_images, read_hadpo, read_json, read_llava, run_program
+from data import IGNORE, InputError, PackedDataset, ResumableSampler, check_images, run_program
 from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
 from features import keep_features
 from model import Head, answer_states
 from post_decoder import VARIANTS
+from readers import read_hadpo, read_json, read_llava
 from tiny import TINY, prepare_tiny_world
 
 STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}

@@ -18,9 +18,10 @@ import numpy as np
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
 import shapes
-from data import DESCRIBE, IMAGE, Example, PackedDataset
+from data import IMAGE, PackedDataset
 from eval_pope import load_all
 from model import answer
+from readers import DESCRIBE, Example
 
 RUNS = {  # folder: (what the table calls it, flags of train.py); stage1 first, the others start from its world and base
     "stage1": ("stage 1", "--stage 1"),

@@ -21,10 +21,11 @@ sys.path.insert(0, ROOT)
 import shapes
 from checkpoint import save_base
 from clip_vit import CLIPVisionConfig
-from data import ImageProcessor, PackedDataset, Tokenizer, read_hadpo
+from data import ImageProcessor, PackedDataset, Tokenizer
 from llama import LlamaConfig
 from model import Head, LlavaConfig, Trunk
 from post_decoder import VARIANTS
+from readers import read_hadpo
 
 torch.set_num_threads(1)        # everything here is too small to be worth a second one
 

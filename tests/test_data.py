@@ -12,8 +12,9 @@ from conftest import largest_difference, load_json
 from PIL import Image
 
 from clip_vit import CLIP_MEAN
-from data import (BOS, DESCRIBE, EOS, IGNORE, IMAGE, IMAGE_ID, PAD, SYSTEM, ImageProcessor, InputError, PackedDataset, Tokenizer,
-                  check_images, encode_conversation, read_hadpo, read_json, read_llava, read_pope)
+from data import (BOS, EOS, IGNORE, IMAGE, IMAGE_ID, PAD, SYSTEM, ImageProcessor, InputError, PackedDataset, Tokenizer, check_images,
+                  encode_conversation)
+from readers import DESCRIBE, read_hadpo, read_json, read_llava, read_pope
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import torch
 from conftest import ROOT, largest_difference
 
 from checkpoint import fill, load_base, load_trained
-from data import BOS, EOS, IMAGE, IMAGE_ID, SYSTEM_HADPO_EVAL, PackedDataset, collate, encode_conversation, pack, read_hadpo
+from data import BOS, EOS, IMAGE, IMAGE_ID, SYSTEM_HADPO_EVAL, PackedDataset, collate, encode_conversation, pack
 from dpo import dpo_loss, sequence_logps, token_logps
 from layouts import read_seed_file
 from llama import branch_mask
 from model import Head, answer_states, generate
 from post_decoder import VARIANTS, PostInteractionBlock
+from readers import read_hadpo
 
 GOLDEN = os.path.abspath(os.environ.get("GOLDEN", os.path.join(ROOT, "..", "shared", "golden")))
 pytestmark = pytest.mark.skipif(not os.path.isfile(os.path.join(GOLDEN, "golden.pt")),

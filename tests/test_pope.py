@@ -12,8 +12,9 @@ import random
 import pytest
 from conftest import ROOT, largest_difference, shell, succeeds
 
-from data import InputError, read_json
+from data import InputError
 from eval_pope import SPLITS, calibration, says_yes, score, score_file, table
+from readers import read_json
 
 SAYINGS = {  # answer: does POPE's rule read it as yes?
     "Yes": True, "yes": True, "Yes, there is a dog in the image.": True, "No": False, "no": False,

@@ -17,10 +17,11 @@ from conftest import ROOT, dpo_flags, free_port, largest_difference, load_json, 
 
 import train
 from checkpoint import fingerprint, load_base, load_trained, read_file
-from data import ImageProcessor, InputError, PackedDataset, ResumableSampler, read_llava
+from data import ImageProcessor, InputError, PackedDataset, ResumableSampler
 from features import keep_features
 from model import Head
 from post_decoder import VARIANTS
+from readers import read_llava
 from train import STAGES, Objective, cosine, deepspeed_config, set_trained
 
 SOME = [5, 17, 2, 40, 41, 90, 146]       # rows of the preference data: question pairs, and (from 144 on) a description
