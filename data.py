@@ -176,6 +176,10 @@ class Batch:
     hidden: torch.Tensor = None           # instead of input_ids and pixel_values, what a frozen trunk makes of
     features: torch.Tensor = None         # them (features.py): (B, A, hidden) and (N, P, C)
 
+    def pin_memory(self):
+        """In memory that a GPU can fetch by itself; DataLoader calls this."""
+        return Batch(**{f.name: None if (x := getattr(self, f.name)) is None else x.pin_memory() for f in fields(self)})
+
     def to(self, device, dtype=None):
         """On a device; floating point tensors also in `dtype`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -186,9 +190,9 @@ class Batch:
 PADDING = {"input_ids": PAD, "position": 0, "branch": PAD_BRANCH, "source": 0, "target": IGNORE, "target_branch": 0, "ends": -1}
 
 
-def pad(rows, value):
-    """Lists of different lengths → (B, longest) int64, filled with `value` on the right."""
-    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+def pad(rows, value, multiple=1):
+    """Lists of different lengths → (B, longest) int64, filled with `value` on the right; up to a multiple in width."""
+    out = np.full((len(rows), -(-max(map(len, rows)) // multiple) * multiple), value, dtype=np.int64)
     for i, row in enumerate(rows):
         out[i, :len(row)] = row
     return torch.from_numpy(out)
@@ -197,7 +201,9 @@ def pad(rows, value):
 def collate(rows, preprocess):
     """Rows → Batch; every distinct image is opened and preprocessed once."""
     images = list(dict.fromkeys(row.image for row in rows if row.image))
-    tensors = {name: pad([getattr(row, name) for row in rows], value) for name, value in PADDING.items()}
+    # 8: attention with a mask is far slower at other widths.
+    tensors = {name: pad([getattr(row, name) for row in rows], value, 8 if name in ("input_ids", "position", "branch") else 1)
+               for name, value in PADDING.items()}
     index = torch.tensor([images.index(row.image) if row.image else -1 for row in rows])
     pixels = torch.stack([preprocess(image) for image in images]) if images else None
     return Batch(**tensors, image_index=index, pixel_values=pixels)
@@ -271,8 +277,29 @@ class PackedDataset(torch.utils.data.Dataset):
         sequences = [encode_conversation(self.tokenizer, c, self.system) for c in example.conversations]
         return pack(sequences, self.num_patches, self.max_length, example.image)
 
+    def length(self, i):
+        """About how many tokens row i has, told without tokenising it: rows of similar length belong into one batch."""
+        example = self.examples[i]
+        characters = sum(len(text or "") for turns in example.conversations for turn in turns for text in turn)
+        return characters / 4 + (self.num_patches if example.image else 0)
+
     def __getitem__(self, indices):
         return collate([self.row(i) for i in indices], self.preprocess)
+
+
+def batches_ahead(dataset, batches, num_workers):
+    """The dataset's Batches of lists of indices, in order; worker processes prepare them while the caller computes."""
+    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=batches, num_workers=num_workers, collate_fn=as_is,
+                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if num_workers else None)
+
+
+def as_is(batch):
+    return batch
+
+
+def spare_cores():
+    """How many worker processes prepare batches by default: with a GPU to wait for them up to 8, else none."""
+    return min(8, os.cpu_count() - 1) if torch.cuda.is_available() else 0
 
 
 class ResumableSampler(torch.utils.data.Sampler):

@@ -285,7 +285,7 @@ def main():
     parser.add_argument("--set", nargs="+", choices=SPLITS, default=list(SPLITS), help="default: all three")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="hadpo")
     parser.add_argument("--max_new_tokens", type=int, help="default: the protocol's")
-    parser.add_argument("--batch_size", type=int, default=16, help="images at once; default 16")
+    parser.add_argument("--batch_size", type=int, help="images at once; default: what fits")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--output_dir", help="default: CKPT/pope of the first checkpoint")
     args = parser.parse_args()

@@ -12,6 +12,7 @@ row only behind its numbers, so that an interrupted pass goes on where it stoppe
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import PADDING, Batch
+from data import PADDING, Batch, InputError, batches_ahead, pad, spare_cores
+from model import take
 
 FIELDS = ("position", "branch", "source", "target", "target_branch")      # of a Row; the first two per kept token
 
@@ -32,7 +34,14 @@ class KeptFeatures(torch.utils.data.Dataset):
         tokens = int(rows["position"][1][-1])
 
         def mapped(name, *shape, dtype=dtype):
-            return torch.from_file(os.path.join(folder, name), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+            path, size = os.path.join(folder, name), int(np.prod(shape)) * dtype.itemsize
+            there = os.path.getsize(path) if os.path.exists(path) else 0
+            if there not in (0, size):
+                raise InputError(f"{path}: has {there:,} bytes and should have {size:,}; it was cut or changed: remove {folder}")
+            if size > there and size > (free := shutil.disk_usage(folder).free):
+                raise InputError(f"{path}: will have {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left; name another "
+                                 "folder with --cache_features")
+            return torch.from_file(path, shared=True, size=size // dtype.itemsize, dtype=dtype).view(shape)
 
         self.hidden = mapped("hidden.bin", tokens, hidden_size)
         self.features = mapped("features.bin", num_images, *feature_shape)
@@ -66,48 +75,67 @@ def kept_tokens(row, whole):
     return tokens, np.searchsorted(tokens, row.source)
 
 
+def pack_rows(path, dataset, whole, quiet):
+    """What is kept of every row beside the numbers of the trunk: {field: (values end to end, offsets)}, written to `path`.
+
+    "token" is where the kept tokens stand in the whole row, "image" is one number a row, -1 = none.
+    """
+    if not os.path.isfile(path):
+        flat, images = {name: [] for name in (*FIELDS, "token", "image")}, {}
+        for i in tqdm(range(len(dataset)), "packing rows", unit="row", leave=False, disable=quiet, mininterval=1):
+            row = dataset.row(i)
+            tokens, source = kept_tokens(row, whole)
+            image = images.setdefault(row.image, len(images)) if row.image else -1
+            for name, values in {"position": np.array(row.position)[tokens], "branch": np.array(row.branch)[tokens], "source": source,
+                                 "target": row.target, "target_branch": row.target_branch, "token": tokens, "image": [image]}.items():
+                flat[name].append(np.asarray(values, dtype=np.int32))
+        arrays = {name: np.concatenate(values) for name, values in flat.items()}
+        arrays |= {f"{name}_offsets": np.cumsum([0] + [len(x) for x in values]) for name, values in flat.items()}
+        partial = f"{path}.{os.getpid()}.partial.npz"
+        np.savez(partial, **arrays)
+        os.replace(partial, path)
+    with np.load(path) as file:
+        return {name: (file[name], file[f"{name}_offsets"]) for name in (*FIELDS, "token", "image")}
+
+
 def keep_features(folder, dataset, trunk, block, base, batch_size, rank=0, world_size=1):
     """Run the trunk over all rows that are not kept yet → KeptFeatures. `base`: the trunk's fingerprint."""
     parameter, whole = next(trunk.parameters()), block is not None and block.attention == "self"
-    flat, images, tokens_of = {name: [] for name in FIELDS}, {}, []
-    digest = hashlib.sha256()
-    rows = (dataset.row(i) for i in range(len(dataset)))
-    for row in tqdm(rows, "packing rows", total=len(dataset), unit="row", leave=False, disable=rank != 0, mininterval=1):
-        tokens, source = kept_tokens(row, whole)
-        digest.update(f"{row.input_ids}{row.branch}{row.image}".encode())
-        images.setdefault(row.image, len(images)) if row.image else None
-        tokens_of.append((tokens, images.get(row.image, -1)))
-        for name, values in (("position", np.array(row.position)[tokens]), ("branch", np.array(row.branch)[tokens]),
-                             ("source", source), ("target", row.target), ("target_branch", row.target_branch)):
-            flat[name].append(np.asarray(values, dtype=np.int32))
-    source = block.image_source if block else "clip"
-    key = {"base": base, "data": digest.hexdigest(), "preprocess": asdict(dataset.preprocess), "features": source,
-           "whole_rows": whole, "dtype": str(parameter.dtype)}
+    source, text, vision = block.image_source if block else "clip", trunk.config.text, trunk.config.vision
+    digest = hashlib.sha256(file_digest(dataset.tokenizer.path).encode())
+    for example in dataset.examples:
+        digest.update(f"{example.image}{example.conversations}".encode())
+    key = {"base": base, "data": digest.hexdigest(), "rows": [dataset.system, dataset.num_patches, dataset.max_length],
+           "preprocess": asdict(dataset.preprocess), "features": source, "whole_rows": whole, "dtype": str(parameter.dtype)}
     folder = os.path.join(folder, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12])
     os.makedirs(folder, exist_ok=True)
     if rank == 0:
         with open(os.path.join(folder, "key.json"), "w") as file:
             json.dump(key, file, indent=2)
-    text, vision = trunk.config.text, trunk.config.vision
+    rows = pack_rows(os.path.join(folder, "rows.npz"), dataset, whole, rank != 0)
+    image_index, (tokens, offsets) = rows["image"][0], rows["token"]
     shape = (vision.num_patches, vision.hidden_size if source == "clip" else text.hidden_size)
-    packed = {name: (np.concatenate(v), np.cumsum([0] + [len(x) for x in v])) for name, v in flat.items()}
-    kept = KeptFeatures(folder, packed, np.array([image for _, image in tokens_of]), len(images), text.hidden_size, shape,
-                        parameter.dtype)
-    missing = (kept.done == 0).nonzero().flatten().tolist()
-    offsets, starts = packed["position"][1], range(rank * batch_size, len(missing), batch_size * world_size)
-    for start in tqdm(starts, "one frozen pass", unit="batch", leave=False, disable=rank != 0 or not missing):
-        indices = missing[start:start + batch_size]
-        batch = dataset[indices].to(parameter.device, parameter.dtype)
+    kept = KeptFeatures(folder, rows, image_index, int(image_index.max()) + 1, text.hidden_size, shape, parameter.dtype)
+    missing = sorted((kept.done == 0).nonzero().flatten().tolist(), key=dataset.length)
+    batches = [missing[start:start + batch_size] for start in range(rank * batch_size, len(missing), batch_size * world_size)]
+    loader = batches_ahead(dataset, batches, spare_cores())
+    for indices, batch in zip(batches, tqdm(loader, "one frozen pass", unit="batch", leave=False, disable=rank != 0 or not missing)):
+        batch = batch.to(parameter.device, parameter.dtype)
+        at = pad([tokens[offsets[i]:offsets[i + 1]] for i in indices], 0).to(parameter.device)      # (B, K)
         with torch.inference_mode():
             hidden, features = trunk(batch)
-            features = trunk.image_context(block, features)
-        hidden = hidden.cpu()
+            hidden, features = take(hidden, at).cpu(), trunk.image_context(block, features)
+            features = None if features is None else features.cpu()
         for n, i in enumerate(indices):
-            tokens, image = tokens_of[i]
-            kept.hidden[offsets[i]:offsets[i + 1]] = hidden[n, tokens]
-            if image >= 0:
-                kept.features[image] = features[batch.image_index[n]].cpu()
+            kept.hidden[offsets[i]:offsets[i + 1]] = hidden[n, :offsets[i + 1] - offsets[i]]
+            if image_index[i] >= 0:
+                kept.features[image_index[i]] = features[batch.image_index[n]]
         kept.done[indices] = 1
     if world_size > 1:
         dist.barrier()
     return kept
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -148,12 +148,13 @@ def rotary_embedding(position, head_dim, theta, dtype):
 
 
 def rotate(x, cos, sin):
-    """x (B, T, H, D). Three kernels: on a GPU this reads and writes memory and does little else."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """x (B, T, H, D) → the same, rotated. In few kernels: on a GPU this reads and writes memory and does little else."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def attend(q, k, v, bias, plain):
-    """softmax(q k^T / sqrt(D) + bias) v, eq. 1 of arXiv 1706.03762. q (B, H, T, D), k and v (B, H_kv, S, D) → (B, H, T, D).
+    """softmax(q k^T / sqrt(D) + bias) v, eq. 1 of arXiv 1706.03762. q (B, H, T, D), k and v (B, H_kv, S, D) → (B, T, H, D).
 
     The first `plain` queries are causal over the first `plain` keys; `bias` (B, 1, T - plain, S) rules the others. So the
     prefix, which is most of a row, takes the fast kernel that knows no mask, and a row without branches needs none.
@@ -164,7 +165,8 @@ def attend(q, k, v, bias, plain):
         parts.append(F.scaled_dot_product_attention(*(x[:, :, :plain] for x in (q, k, v)), is_causal=True, enable_gqa=grouped))
     if plain < q.shape[2]:
         parts.append(F.scaled_dot_product_attention(q[:, :, plain:], k, v, attn_mask=bias, enable_gqa=grouped))
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+    parts = [part.transpose(1, 2) for part in parts]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 class Attention(nn.Module):
@@ -184,7 +186,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.add(layer, k, v)                                                   # (B, H_kv, S, D)
-        return self.o_proj(attend(q, k, v, bias, plain).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v, bias, plain).flatten(2))
 
 
 class MLP(nn.Module):

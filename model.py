@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
-from data import EOS, IMAGE_ID, Batch
+from data import EOS, IMAGE_ID, Batch, InputError, batches_ahead, spare_cores
 from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask
 from post_decoder import BlockConfig, PostInteractionBlock
 
@@ -172,13 +172,12 @@ def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
         if whole and history.shape[1] < cache.capacity:
             history = F.pad(history, (0, 0, 0, cache.capacity - history.shape[1]))
         if token.is_cuda:
-            if graph is None or grown:
+            if recorded := graph is None or grown:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    step()                              # nothing runs yet; cache.length counts this step
-            else:
-                cache.length += N
+                    step()                              # nothing runs yet, but cache.length counts this step
             graph.replay()
+            cache.length += 0 if recorded else N
         else:
             step()
         tokens.append(token.clone())
@@ -188,20 +187,45 @@ def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
     return answers, first_logits
 
 
-def answer(trunk, heads, dataset, max_new_tokens, batch_size=16, indices=None, title=None):
-    """Greedy answers to a PackedDataset of open prompts, longest rows together.
+def rows_at_once(config, tokens, parameter):
+    """How many rows of that many tokens are decoded together: what a GPU has memory for, up to 64."""
+    if not parameter.is_cuda:
+        return 16
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim              # numbers per token
+    passing = 8 * config.hidden_size + 4 * config.intermediate_size
+    free, _ = torch.cuda.mem_get_info(parameter.device)
+    return max(1, min(64, int(0.8 * free / (tokens * (kept + passing) * parameter.itemsize))))
 
-    `indices` are the rows to answer (default all). Returns for every head {index: ([text of each branch],
-    first_logits (branches, vocab))}. Shows a progress bar when it has a title.
+
+def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None, title=None):
+    """Greedy answers to a PackedDataset of open prompts, longest rows together; images are decoded ahead of the GPU.
+
+    `indices` are the rows to answer (default all), `batch_size` is in rows (default: what fits). Returns for every head
+    {index: ([text of each branch], first_logits (branches, vocab))}. Shows a progress bar when it has a title.
     """
-    indices = range(len(dataset)) if indices is None else indices
-    size = {i: len(dataset.row(i).input_ids) for i in indices}
-    order = sorted(indices, key=size.get, reverse=True)
+    order = sorted(range(len(dataset)) if indices is None else indices, key=dataset.length, reverse=True)
     parameter, results = next(trunk.parameters()), [{} for _ in heads]
-    for start in tqdm(range(0, len(order), batch_size), title, disable=title is None, unit="batch", leave=False):
-        chosen = order[start:start + batch_size]
-        batch = dataset[chosen].to(parameter.device, parameter.dtype)
-        for result, (tokens, first_logits) in zip(results, generate(trunk, heads, batch, max_new_tokens)):
-            for i, ids, logits in zip(chosen, tokens, first_logits.float().cpu()):
+    if batch_size is None and order:
+        row = dataset.row(order[0])
+        tokens = len(row.input_ids) + min(max_new_tokens, 64) * len(row.ends)
+        batch_size = rows_at_once(trunk.config.text, tokens, parameter)
+    chosen = [order[start:start + batch_size] for start in range(0, len(order), batch_size or 1)]
+    loader = batches_ahead(dataset, chosen, spare_cores())
+
+    def give(rows, batch):
+        try:
+            answered = generate(trunk, heads, batch.to(parameter.device, parameter.dtype), max_new_tokens)
+        except torch.OutOfMemoryError:
+            answered = None                     # long answers; half as many rows need half as much
+        if answered is None and len(rows) == 1:
+            raise InputError(f"the GPU has no memory for one row of {batch.input_ids.shape[1]} tokens and {max_new_tokens} new ones for "
+                             f"each of its {batch.ends.shape[1]} branches; lower --max_new_tokens")
+        if answered is None:
+            return [give(part, dataset[part]) for part in (rows[:len(rows) // 2], rows[len(rows) // 2:])]
+        for result, (tokens, first_logits) in zip(results, answered):
+            for i, ids, logits in zip(rows, tokens, first_logits.float().cpu()):
                 result[i] = [dataset.tokenizer.decode(t) for t in ids], logits[:len(ids)].clone()
+
+    for rows, batch in zip(chosen, tqdm(loader, title, disable=title is None, unit="batch", leave=False)):
+        give(rows, batch)
     return results

@@ -153,7 +153,7 @@ def test_prompts_and_answers(golden, llava):
         assert ids == case["input_ids"].tolist()
         batch = collate([pack([(ids, labels)], trunk.config.vision.num_patches, trunk.config.max_length, os.path.join(GOLDEN, case["image"]))], preprocess)
         hidden, features = trunk(batch)
-        logits = head(*answer_states(head, hidden, features, batch, torch.arange(hidden.shape[1])[None]))[0]
+        logits = head(*answer_states(head, hidden, features, batch, torch.arange(batch.ends.max() + 1)[None]))[0]
         assert largest_difference("last logits", logits[-len(case["last_logits"]):], case["last_logits"]) < 1e-4
         # Sums over a whole vocabulary gather the rounding of all its logits: 1e-4 of their size, not of 1.
         sums = case["logit_sums"]
