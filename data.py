@@ -41,8 +41,14 @@ def run_program(main):
         main()
     except InputError as e:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr)
+            # From a DataLoader worker it arrives behind a traceback of many lines.
+            print(f"error: {str(e).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(1)
+
+
+def progress(*args, **kwargs):
+    """A tqdm bar that rank 0 shows when it is needed for more than three seconds."""
+    return tqdm(*args, leave=False, delay=3, disable=int(os.environ.get("RANK", 0)) > 0, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,19 +204,28 @@ def pad(rows, value, multiple=1):
     return torch.from_numpy(out)
 
 
-def collate(rows, preprocess):
-    """Rows → Batch; every distinct image is opened and preprocessed once."""
+def collate(rows, preprocess, always_image=False):
+    """Rows → Batch; every distinct image is opened and preprocessed once.
+
+    `always_image`: where no row has an image, the batch has one that no row looks at, all zeros. Under ZeRO-3 all processes
+    gather the tower's weights together, so each of them must run the tower in every step.
+    """
     images = list(dict.fromkeys(row.image for row in rows if row.image))
     # 8: attention with a mask is far slower at other widths.
     tensors = {name: pad([getattr(row, name) for row in rows], value, 8 if name in ("input_ids", "position", "branch") else 1)
                for name, value in PADDING.items()}
     index = torch.tensor([images.index(row.image) if row.image else -1 for row in rows])
     pixels = torch.stack([preprocess(image) for image in images]) if images else None
+    if always_image and pixels is None:
+        pixels = torch.zeros(1, 3, preprocess.size, preprocess.size)
     return Batch(**tensors, image_index=index, pixel_values=pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
+
+UNREADABLE = OSError, SyntaxError, ValueError, Image.DecompressionBombError     # what PIL raises for bad files
+IMAGES_OPENED = 20_000      # check_images opens so many, a matter of seconds
 
 
 @dataclass
@@ -223,8 +238,11 @@ class ImageProcessor:
 
     def __call__(self, image):
         if not isinstance(image, Image.Image):
-            with Image.open(image) as file:
-                image = file.convert("RGB")
+            try:
+                with Image.open(image) as file:
+                    image = file.convert("RGB")
+            except UNREADABLE as e:
+                raise InputError(f"{image}: not readable as an image ({e}); download it again")
         if self.pad and image.width != image.height:
             side = max(image.size)
             square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in self.mean))
@@ -246,13 +264,20 @@ def check_images(paths):
             with Image.open(path) as file:
                 file.draft("RGB", (1, 1))       # JPEG: decode at an eighth of the size
                 file.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             return path
 
-    paths = list(dict.fromkeys(paths))
+    def absent(path):
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        return None if name in listings[folder] else path
+
+    paths, listings = list(dict.fromkeys(paths)), {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = tqdm(pool.map(broken, paths), "checking images", len(paths), unit="image", leave=False, delay=3)
-        bad = [path for path in results if path]
+        # To open one takes milliseconds, so that of very many we only see that they are there, and that in whole folders.
+        results = pool.map(broken, paths) if len(paths) <= IMAGES_OPENED else map(absent, paths)
+        bad = [path for path in progress(results, "checking images", len(paths), unit="image") if path]
     if bad:
         raise InputError(f"{len(bad)} images are missing or unreadable: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''}; "
                          "check the image folder's path or download them again")
@@ -265,9 +290,9 @@ def check_images(paths):
 class PackedDataset(torch.utils.data.Dataset):
     """Examples, made into rows when asked for: `dataset[[3, 7]]` is the Batch of examples 3 and 7."""
 
-    def __init__(self, examples, tokenizer, preprocess, num_patches, max_length, system=SYSTEM):
+    def __init__(self, examples, tokenizer, preprocess, num_patches, max_length, system=SYSTEM, always_image=False):
         self.examples, self.tokenizer, self.preprocess, self.system = examples, tokenizer, preprocess, system
-        self.num_patches, self.max_length = num_patches, max_length
+        self.num_patches, self.max_length, self.always_image = num_patches, max_length, always_image
 
     def __len__(self):
         return len(self.examples)
@@ -284,7 +309,7 @@ class PackedDataset(torch.utils.data.Dataset):
         return characters / 4 + (self.num_patches if example.image else 0)
 
     def __getitem__(self, indices):
-        return collate([self.row(i) for i in indices], self.preprocess)
+        return collate([self.row(i) for i in indices], self.preprocess, self.always_image)
 
 
 def batches_ahead(dataset, batches, num_workers):
@@ -307,23 +332,32 @@ class ResumableSampler(torch.utils.data.Sampler):
 
     The examples of a global batch depend on neither the number of processes nor the micro batch size. The stream runs
     over the ends of epochs, so no example is dropped and every batch is full. `start` = optimizer steps already done.
+
+    With `lengths` (readers.row_lengths) a global batch is sorted before it is cut: micro batches then hold rows of one
+    modality and of similar length, and those that run at the same time on several ranks cost the same. The loss is a mean
+    over the global batch, so this changes it by rounding only. (LLaVA's `group_by_modality_length` does it with whole
+    batches, each of one modality; here the batches stay random.)
     """
 
-    def __init__(self, num_examples, steps, global_batch, micro_batch, rank, world_size, seed, start=0):
-        self.num_examples, self.steps, self.start, self.seed = num_examples, steps, start, seed
+    def __init__(self, num_examples, steps, global_batch, micro_batch, rank, world_size, seed, start=0, lengths=None):
+        self.num_examples, self.steps, self.start, self.seed, self.lengths = num_examples, steps, start, seed, lengths
         self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
+        self.epoch, self.order = None, None
 
     def __len__(self):
         return (self.steps - self.start) * self.global_batch // (self.micro_batch * self.world_size)
 
+    def examples(self, step):
+        """Examples of one optimizer step in the order in which they are cut into micro batches, (global_batch,)."""
+        stream, batch = np.arange(step * self.global_batch, (step + 1) * self.global_batch), []
+        for epoch in np.unique(stream // self.num_examples):
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+            batch.append(self.order[stream[stream // self.num_examples == epoch] % self.num_examples])
+        batch = np.concatenate(batch)
+        return batch if self.lengths is None else batch[np.argsort(self.lengths[batch], kind="stable")]
+
     def __iter__(self):
-        epoch, order = None, None
-        for first in range(self.start * self.global_batch + self.rank * self.micro_batch,
-                           self.steps * self.global_batch, self.micro_batch * self.world_size):
-            batch = []
-            for k in range(first, first + self.micro_batch):
-                if k // self.num_examples != epoch:
-                    epoch = k // self.num_examples
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
-                batch.append(int(order[k % self.num_examples]))
-            yield batch
+        for step in range(self.start, self.steps):
+            micro_batches = self.examples(step).reshape(-1, self.world_size, self.micro_batch)
+            yield from micro_batches[:, self.rank].tolist()

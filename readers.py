@@ -6,13 +6,19 @@ HA-DPO's `desc_data.json`/`pope_data.json` come with Visual Genome's images, LLa
 its own, POPE's question files with COCO's. Whatever is wrong with a file is an InputError that names file and row.
 
 Follows haotian-liu/LLaVA (arXiv 2310.03744), opendatalab/HA-DPO (arXiv 2311.16839) and RUCAIBox/POPE (arXiv 2305.10355).
+Deliberately different: LLaVA's file, which can be larger than memory, is not loaded. `read_llava` goes through it once to
+find where its rows begin and end; a row is read and parsed when somebody asks for it.
 """
 import json
 import os
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data import IMAGE, InputError
+import numpy as np
+
+from data import IMAGE, InputError, progress
 
 DESCRIBE = ("Describe this image in detail.",           # HA-DPO's four description prompts, in its order
             "Take a look at this image and describe what you notice.",
@@ -27,10 +33,14 @@ class Example:
     conversations: list
 
 
-def read_json(path, kind=object, lines=False):
-    """A JSON file that holds a `kind`, or one JSON value per line. Errors name the file and the place."""
+def check_file(path):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; check the path (nothing is downloaded)")
+
+
+def read_json(path, kind=object, lines=False):
+    """A JSON file that holds a `kind`, or one JSON value per line. Errors name the file and the place."""
+    check_file(path)
     place = path
     try:
         with open(path, encoding="utf-8") as file:
@@ -93,27 +103,6 @@ def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed
     return yes_no + 2 * descriptions
 
 
-def read_llava(data_path, image_folder):
-    """LLaVA's conversation JSON → [Example] with one conversation each. The image is moved to its turn's beginning."""
-    examples = []
-    for n, row in enumerate(read_json(data_path, list)):
-        said = field(row, "conversations", list, data_path, n)
-        who = [field(turn, "from", str, data_path, n) for turn in said]
-        if who[:1] == ["gpt"]:
-            said, who = said[1:], who[1:]           # as the original does
-        if not said or who != ["human", "gpt"] * (len(who) // 2):
-            raise InputError(f"{data_path}, row {n}: turns must alternate human, gpt; mend or remove the row")
-        texts = [field(turn, "value", str, data_path, n) for turn in said]
-        texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text for text in texts]
-        image = os.path.join(image_folder, field(row, "image", str, data_path, n)) if row.get("image") else None
-        marked = sum(IMAGE in text for text in texts)
-        if marked != (image is not None):
-            raise InputError(f"{data_path}, row {n}: has {'an image' if image else 'no image'} but {IMAGE} stands in {marked} of its "
-                             "turns; mend or remove the row")
-        examples.append(Example(image, [list(zip(texts[::2], texts[1::2]))]))
-    return examples
-
-
 def read_rows(path, *names):
     """One JSON object per line, at least one, with a text under each of the names."""
     rows = read_json(path, lines=True)
@@ -137,3 +126,153 @@ def read_pope(pope_path, split):
         if row["label"] not in ("yes", "no"):
             raise InputError(f"{path}, row {n}: label {row['label']!r} is neither yes nor no")
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA's conversations: rows that stay on disk
+
+CHUNK = 2 ** 19             # bytes looked at together; they and their masks stay in the processor's cache
+LONGEST_ROW = 2 ** 26       # bytes; what does not end by then is no row
+ROWS_READ_FIRST = 10_000    # read_llava parses so many, which takes less than a second
+QUOTE, BACKSLASH, OPEN, CLOSE = b'"\\{}'
+IMAGE_NAME = re.compile(rb'"image"\s*:\s*"(?!")([^"\\]*(?:\\.[^"\\]*)*)"')
+
+
+def read_llava(data_path, image_folder):
+    """LLaVA's conversation JSON → ConversationFile, a sequence of Example with one conversation each.
+
+    Rows are read once at the start, all of them or, of a long file, some from everywhere in it: what is wrong is mostly
+    wrong everywhere. An error in any other is raised when it is read.
+    """
+    examples = ConversationFile(data_path, image_folder)
+    for i in np.linspace(0, len(examples) - 1, min(len(examples), ROWS_READ_FIRST)).astype(int):
+        examples[i]
+    return examples
+
+
+class ConversationFile(Sequence):
+    """LLaVA's rows as a sequence of Example, read from the file one by one; memory holds some 20 bytes of each.
+
+    No file stays open, so DataLoader workers can be forked from its process or get it pickled.
+    """
+
+    def __init__(self, path, image_folder):
+        self.path, self.image_folder = path, image_folder
+        self.spans, self.has_image, self.image_names = index_rows(path)
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i):
+        begin, end = self.spans[i].tolist()
+        number = i % len(self)
+        with open(self.path, "rb", buffering=0) as file:
+            text = os.pread(file.fileno(), end - begin, begin)
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise InputError(f"{self.path}, row {number}: not readable as JSON ({e}); mend or remove the row")
+        return conversation(row, self.path, number, self.image_folder)
+
+
+def conversation(row, path, number, image_folder):
+    """One of LLaVA's rows → Example. The image is moved to its turn's beginning."""
+    said = field(row, "conversations", list, path, number)
+    who = [field(turn, "from", str, path, number) for turn in said]
+    if who[:1] == ["gpt"]:
+        said, who = said[1:], who[1:]               # as the original does
+    if not said or who != ["human", "gpt"] * (len(who) // 2):
+        raise InputError(f"{path}, row {number}: turns must alternate human, gpt; mend or remove the row")
+    texts = [field(turn, "value", str, path, number) for turn in said]
+    texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text for text in texts]
+    image = os.path.join(image_folder, field(row, "image", str, path, number)) if row.get("image") else None
+    marked = sum(IMAGE in text for text in texts)
+    if marked != (image is not None):
+        raise InputError(f"{path}, row {number}: has {'an image' if image else 'no image'} but {IMAGE} stands in {marked} of its "
+                         "turns; mend or remove the row")
+    return Example(image, [list(zip(texts[::2], texts[1::2]))])
+
+
+def image_paths(examples):
+    """Distinct images of examples; those of a ConversationFile without reading its rows."""
+    if not isinstance(examples, ConversationFile):
+        return list(dict.fromkeys(e.image for e in examples if e.image))
+    names = json.loads(b'["%b"]' % examples.image_names) if examples.image_names else []
+    return [os.path.join(examples.image_folder, name) for name in names]
+
+
+def row_lengths(examples, num_patches):
+    """About how many tokens each row has, (n,); negative without an image, the sign that LLaVA groups modalities by.
+
+    Four characters (or bytes of a file) a token: exact enough to put rows of a size together, and nothing is tokenised.
+    """
+    if isinstance(examples, ConversationFile):
+        size, has_image = examples.spans[:, 1] - examples.spans[:, 0], examples.has_image
+    else:
+        size = np.array([sum(len(q) + len(a or "") for turns in e.conversations for q, a in turns) for e in examples])
+        has_image = np.array([e.image is not None for e in examples])
+    return np.where(has_image, size // 4 + num_patches, -1 - size // 4)
+
+
+def index_rows(path):
+    """Go once through a file of JSON objects, a list of them (indented or not) or one per line.
+
+    Returns where each begins and ends, (n, 2); whether it names an image, (n,); and the distinct names as they stand in
+    the file, `","` between them. What is outside the objects is checked here, what is inside when a row is read.
+    """
+    check_file(path)
+    spans, has_image, names, outside, rest, position = [np.zeros((0, 2), np.int64)], bytearray(), {}, bytearray(), b"", 0
+    with open(path, "rb") as file, progress("indexing rows", total=os.path.getsize(path), unit="B", unit_scale=True) as bar:
+        while len(rest) < LONGEST_ROW and (more := file.read(max(CHUNK, len(rest)))):
+            text = rest + more
+            found = whole_objects(text)                                                     # (rows in this chunk, 2)
+            spans.append(position + found)
+            begins, ends = found.T.tolist()
+            images = [IMAGE_NAME.search(text, begin, end) for begin, end in zip(begins, ends)]
+            has_image += bytes(map(bool, images))
+            names.update((image[1], None) for image in images if image)
+            outside += b"".join([text[a:b + 1] for a, b in zip([0, *ends], begins)])        # and the first byte of each row
+            behind = ends[-1] if ends else 0
+            rest, position = text[behind:], position + behind
+            bar.update(len(more))
+    check_outside(path, bytes(outside) + rest, len(has_image))
+    return np.concatenate(spans), np.frombuffer(has_image, bool), b'","'.join(names)
+
+
+def check_outside(path, outside, rows):
+    """Besides white space, a list's brackets and commas may stand outside of its rows (here a `{` each), or nothing at all."""
+    outside = outside.translate(None, b" \t\r\n")
+    if not outside:
+        raise InputError(f"{path}: is empty; was the download cut short?")
+    expected = b"[" + b",".join([b"{"] * rows) + b"]" if outside.startswith(b"[") else b"{" * rows
+    if outside != expected:
+        same = len(os.path.commonprefix((outside, expected)))
+        wrong, number = outside[same:].removeprefix(b","), outside[:same].count(b"{")
+        what = "ends without a ]" if not wrong else "a row begins here and does not end" if wrong.startswith(b"{") else \
+            f"here stands {wrong[:20].decode(errors='replace')!r} and no row"
+        raise InputError(f"{path}, row {number}: not readable as JSON objects ({what}); is it the right file, was the download cut short?")
+
+
+def whole_objects(text):
+    """Bytes that begin outside of any JSON object → first byte and end of each outermost one that is complete, (n, 2)."""
+    codes = np.frombuffer(text, np.uint8)
+    at = np.flatnonzero((codes == QUOTE) | (codes == OPEN) | (codes == CLOSE))
+    kind = codes[at]
+    quote = (kind == QUOTE) & ~is_escaped(codes, at)
+    in_text = np.logical_xor.accumulate(quote)                  # behind an odd number of quotes
+    brace = np.flatnonzero((kind != QUOTE) & ~in_text)
+    at, opens = at[brace], kind[brace] == OPEN
+    depth = np.cumsum(np.where(opens, 1, -1))
+    begin, end = at[opens & (depth == 1)], at[~opens & (depth == 0)] + 1
+    return np.stack((begin[:len(end)], end), 1)
+
+
+def is_escaped(codes, at):
+    """Which of the bytes `at` stand behind an odd number of backslashes, (len(at),)."""
+    odd = codes[at - 1] == BACKSLASH
+    more, back = np.flatnonzero(odd), 2
+    while len(more):
+        more = more[codes[at[more] - back] == BACKSLASH]
+        odd[more] ^= True
+        back += 1
+    return odd

@@ -36,7 +36,7 @@ from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
 from features import keep_features
 from model import Head, answer_states
 from post_decoder import VARIANTS
-from readers import read_hadpo, read_json, read_llava
+from readers import image_paths, read_hadpo, read_json, read_llava
 from tiny import TINY, prepare_tiny_world
 
 STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}
@@ -205,7 +205,7 @@ def train(args):
         examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path, args.keep_correct, args.seed)
     if not examples:
         raise InputError("the data hold no examples; with --keep_correct also rows that the base answered right are used")
-    check_images([e.image for e in examples if e.image])
+    check_images(image_paths(examples))
 
     trunk, base_head, tokenizer, preprocess = load_base(args.model_name_or_path, args.vision_tower, dtype, device)
     base = fingerprint(trunk, base_head)
