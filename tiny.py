@@ -24,9 +24,9 @@ from model import Head, LlavaConfig, Trunk, answer
 from readers import Example, read_image_index, read_json
 
 # Chosen on validation images; by stage.
-TINY = {0: dict(learning_rate=3e-3, num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=2e-3, num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
-TINY[2] = TINY[1] | dict(learning_rate=1e-3)
+TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
+        1: dict(learning_rate=[2e-3], num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
+TINY[2] = TINY[1] | dict(learning_rate=[1e-3])
 TINY_LLAVA = LlavaConfig(
     LlamaConfig(vocab_size=0, hidden_size=96, intermediate_size=240, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=4, max_position_embeddings=512),        # the vocabulary is the tokenizer's

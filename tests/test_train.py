@@ -19,10 +19,11 @@ import train
 from checkpoint import fingerprint, load_base, load_trained, read_file
 from data import ImageProcessor, InputError, PackedDataset, ResumableSampler
 from features import keep_features
+from loop import cosine, deepspeed_config
 from model import Head
 from post_decoder import VARIANTS
 from readers import read_llava
-from train import STAGES, Objective, cosine, deepspeed_config, set_trained
+from train import STAGES, Objective, set_trained
 
 SOME = [5, 17, 2, 40, 41, 90, 146]       # rows of the preference data: question pairs, and (from 144 on) a description
 
@@ -329,18 +330,22 @@ def in_this_process():
 
 def test_frozen_tensors_are_bit_identical_after_training(world, tmp_path, monkeypatch, in_this_process):
     """The modules of real runs, after their last step, against the base loaded again; stage by stage."""
+    initial_head = train.initial_head
     for stage in STAGES:
-        seen = []
+        seen, heads = [], []
         monkeypatch.setattr(train, "load_base", lambda *args, **options: seen.append(load_base(*args, **options)) or seen[-1])
+        monkeypatch.setattr(train, "initial_head", lambda *args: heads.append(initial_head(*args)) or heads[-1])
         data = ["--data_path", world.llava, "--image_folder", world.images, "--model_name_or_path", world.base] if stage == 0 else dpo_flags(world)
         train.train(train.parse(["--stage", str(stage), "--init", "identity", "--output_dir", str(tmp_path / f"stage{stage}"), "--max_steps", "2", "--learning_rate", "1e-2",
                                  "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--keep_correct", *data]))
-        (trunk, head, *_), (fresh_trunk, fresh_head, *_) = seen[0], load_base(world.base)
-        after = trunk.state_dict() | head.state_dict()
+        (trunk, base_head, *_), (fresh_trunk, fresh_head, *_), head = seen[0], load_base(world.base), heads[-1][0]
+        assert torch.equal(base_head.lm_head.weight, fresh_head.lm_head.weight)  # a run trains a copy: the next one starts anew
+        after = trunk.state_dict() | {"lm_head.weight": head.lm_head.weight}
         before = fresh_trunk.state_dict() | fresh_head.state_dict()
         changed = {key for key in before if not torch.equal(after[key], before[key])}
         assert changed == {0: {key for key in before if key.startswith(("model.", "lm_head."))}, 1: set(), 2: {"lm_head.weight"}}[stage]
-        assert (fingerprint(trunk, head) == fingerprint(fresh_trunk, fresh_head)) is (stage == 1)
+        base_head.lm_head = head.lm_head
+        assert (fingerprint(trunk, base_head) == fingerprint(fresh_trunk, fresh_head)) is (stage == 1)
         if stage:
             names = read_file(str(tmp_path / f"stage{stage}" / "trained.safetensors"))
             assert {name.split(".")[0] for name in names} == {1: {"post_interaction_block"}, 2: {"post_interaction_block", "lm_head"}}[stage]
@@ -356,6 +361,42 @@ def test_what_init_brought_along_is_kept(world, runs, tmp_path, in_this_process)
     before, after = ({k: stored.read() for k, stored in read_file(f"{folder}/trained.safetensors").items()} for folder in (runs / "one", tmp_path / "again"))
     assert before.keys() == after.keys() and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_run_of_a_sweep_is_the_run_alone(world, tmp_path, monkeypatch, in_this_process):
+    """Two variants that read different features, two rates: one load of the base, a folder each, and not a bit of difference."""
+    loads = []
+    monkeypatch.setattr(train, "load_base", lambda *args, **options: loads.append(1) or load_base(*args, **options))
+    run = lambda *flags: train.train(train.parse([str(flag) for flag in (
+        "--stage", 2, "--init", "identity", "--max_steps", 3, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2,
+        "--keep_correct", *flags, *dpo_flags(world))]))
+    run("--output_dir", tmp_path / "sweep", "--block", "align_after_align,self_attn,head", "--learning_rate", "1e-2", "3e-3")
+    names = [f"sweep-{block}-{rate}" for block in ("align_after_align", "self_attn", "head") for rate in ("0.01", "0.003")]
+    assert len(loads) == 1 and sorted(os.listdir(tmp_path)) == sorted(["features", *names])
+    assert len(os.listdir(tmp_path / "features")) == 3                           # projector's, whole rows, the tower's
+    for block, rate in (("align_after_align", "0.003"), ("self_attn", "0.01"), ("head", "0.003")):
+        run("--output_dir", tmp_path / "alone", "--block", block, "--learning_rate", rate, "--cache_features", tmp_path / "f")
+        alone, swept = (open(f"{tmp_path}/{name}/trained.safetensors", "rb").read() for name in ("alone", f"sweep-{block}-{rate}"))
+        assert alone == swept
+    assert len({open(f"{tmp_path}/{name}/trained.safetensors", "rb").read() for name in names}) == 6
+
+
+def test_a_sweep_over_the_trunk_starts_every_run_from_the_base(world, tmp_path, in_this_process):
+    run = lambda name, *rates: train.train(train.parse([str(flag) for flag in (
+        "--stage", 0, "--max_steps", 2, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1, "--data_path", world.llava,
+        "--image_folder", world.images, "--model_name_or_path", world.base, "--output_dir", tmp_path / name, "--learning_rate", *rates)]))
+    run("sweep", 1e-2, 1e-3), run("alone", 1e-3)
+    first, second, alone = (open(f"{tmp_path}/{name}/model.safetensors", "rb").read() for name in ("sweep-0.01", "sweep-0.001", "alone"))
+    assert second == alone != first
+
+
+def test_sweeps_that_cannot_be(world):
+    with pytest.raises(SystemExit):
+        train.parse(["--block", "full,nonsense"])
+    for flags, said in ((["--stage", "1", "--block", "full,head"], "head"),
+                        (["--block", "full,self_attn", "--init", f"{world.base}/none"], "none")):
+        with pytest.raises(InputError, match=said):
+            train.parse(flags)
 
 
 def test_fingerprint_of_large_tensors():
