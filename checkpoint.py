@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clip_vit import TOWER
-from data import InputError, Tokenizer, run_program
+from data import Tokenizer
 from layouts import (SEED_FILE, Stored, clip_config, clip_config_of, image_processor, llava_config, merge_lora, our_names,
                      read_file, read_preprocessor, read_seed_file, read_tensors, read_tower, weight_files)
 from model import Head, Trunk
 from post_decoder import BlockConfig
-from readers import read_json
+from readers import InputError, read_json, run_program
 
 OURS = "nanohadpo"        # config.json's model_type of a trained checkpoint
 

@@ -11,7 +11,6 @@ never turns into control tokens (`</s>` typed by somebody stays text), the image
 and not in the model, and the shared part of chosen and rejected stands in a row once.
 """
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -19,36 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
-from tqdm import tqdm
 
 from clip_vit import CLIP_MEAN, CLIP_STD
 from llama import PAD_BRANCH
+from readers import IMAGE, InputError, progress, row_lengths
 
 PAD, BOS, EOS = 0, 1, 2
-IMAGE, IMAGE_ID, IGNORE = "<image>", -200, -100         # LLaVA's names and numbers
+IMAGE_ID, IGNORE = -200, -100                            # LLaVA's numbers
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 SYSTEM_HADPO_EVAL = SYSTEM.replace("user", "human")     # HA-DPO trains with `v1` but asks POPE with `llava_v1`
-
-
-class InputError(Exception):
-    """Something the user can cure. The message names the file, the value and the cure; the programs print only it."""
-
-
-def run_program(main):
-    """Run a command-line program; what the user can cure ends it with one line and exit code 1, said by rank 0."""
-    try:
-        main()
-    except InputError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            # From a DataLoader worker it arrives behind a traceback of many lines.
-            print(f"error: {str(e).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
-        sys.exit(1)
-
-
-def progress(*args, **kwargs):
-    """A tqdm bar that rank 0 shows when it is needed for more than three seconds."""
-    return tqdm(*args, leave=False, delay=3, disable=int(os.environ.get("RANK", 0)) > 0, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,11 +281,9 @@ class PackedDataset(torch.utils.data.Dataset):
         sequences = [encode_conversation(self.tokenizer, c, self.system) for c in example.conversations]
         return pack(sequences, self.num_patches, self.max_length, example.image)
 
-    def length(self, i):
-        """About how many tokens row i has, told without tokenising it: rows of similar length belong into one batch."""
-        example = self.examples[i]
-        characters = sum(len(text or "") for turns in example.conversations for turn in turns for text in turn)
-        return characters / 4 + (self.num_patches if example.image else 0)
+    def lengths(self):
+        """About how many tokens each row has, negative without an image, (n,)."""
+        return row_lengths(self.examples, self.num_patches)
 
     def __getitem__(self, indices):
         return collate([self.row(i) for i in indices], self.preprocess, self.always_image)

@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import base_of, fingerprint, is_trained, kind, load_base, load_trained, tower_of, write_json
-from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, InputError, PackedDataset, check_images, run_program
+from data import SYSTEM, SYSTEM_HADPO_EVAL, PackedDataset, check_images
 from model import answer
-from readers import Example, field, read_pope, read_rows
+from readers import IMAGE, Example, InputError, field, read_pope, read_rows, run_program
 
 SPLITS = {"random": "random", "popular": "popular", "adv": "adversarial"}      # --set → POPE's name
 PROTOCOLS = {"hadpo": (SYSTEM_HADPO_EVAL, "", 512),                             # system sentence, suffix, new tokens

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import PADDING, Batch, InputError, batches_ahead, pad, spare_cores
+from data import PADDING, Batch, batches_ahead, pad, spare_cores
 from model import take
+from readers import InputError
 
 FIELDS = ("position", "branch", "source", "target", "target_branch")      # of a Row; the first two per kept token
 
@@ -49,6 +50,10 @@ class KeptFeatures(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.image_index)
+
+    def lengths(self):
+        """How many tokens are kept of each row, (n,)."""
+        return np.diff(self.rows["position"][1])
 
     def _padded(self, name, indices):
         values, offsets = self.rows[name]
@@ -116,7 +121,7 @@ def keep_features(folder, dataset, trunk, block, base, batch_size, rank=0, world
     image_index, (tokens, offsets) = rows["image"][0], rows["token"]
     shape = (vision.num_patches, vision.hidden_size if source == "clip" else text.hidden_size)
     kept = KeptFeatures(folder, rows, image_index, int(image_index.max()) + 1, text.hidden_size, shape, parameter.dtype)
-    missing = sorted((kept.done == 0).nonzero().flatten().tolist(), key=dataset.length)
+    missing = sorted((kept.done == 0).nonzero().flatten().tolist(), key=dataset.lengths().__getitem__)
     batches = [missing[start:start + batch_size] for start in range(rank * batch_size, len(missing), batch_size * world_size)]
     loader = batches_ahead(dataset, batches, spare_cores())
     for indices, batch in zip(batches, tqdm(loader, "one frozen pass", unit="batch", leave=False, disable=rank != 0 or not missing)):

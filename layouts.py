@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clip_vit import ACTIVATIONS, CLIP_MEAN, CLIP_STD, TOWER, CLIPVisionConfig, from_open_clip, open_clip_config
-from data import ImageProcessor, InputError
+from data import ImageProcessor
 from llama import LlamaConfig
 from model import LlavaConfig
 from post_decoder import BlockConfig
-from readers import field, read_json
+from readers import InputError, field, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of tensors

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import InputError, ResumableSampler
-from readers import read_json
+from data import ResumableSampler, batches_ahead
+from readers import InputError, read_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,17 +104,13 @@ def say(text):
 # The loop
 
 
-def as_is(batch):
-    return batch
-
-
 def run_steps(engine, rows, steps, args, trained, folder, device, dtype):
     """The loop: forward, backward, step. Once per optimizer step the metrics go to bar, log and DeepSpeed's monitor."""
     rank, world_size, global_batch = dist.get_rank(), dist.get_world_size(), engine.train_batch_size()
     accumulation, gathered, step = engine.gradient_accumulation_steps(), [], 0
-    sampler = ResumableSampler(len(rows), steps, global_batch, engine.train_micro_batch_size_per_gpu(), rank, world_size, args.seed)
-    loader = torch.utils.data.DataLoader(rows, batch_size=None, sampler=sampler, num_workers=args.dataloader_num_workers,
-                                         collate_fn=as_is)
+    sampler = ResumableSampler(len(rows), steps, global_batch, engine.train_micro_batch_size_per_gpu(), rank, world_size, args.seed,
+                               lengths=rows.lengths())
+    loader = batches_ahead(rows, sampler, args.dataloader_num_workers)
     os.makedirs(folder, exist_ok=True)
     log = open(os.path.join(folder, "metrics.jsonl") if rank == 0 else os.devnull, "w")
     bar = tqdm(total=steps, desc="training", unit="step", disable=rank != 0, mininterval=0.5)

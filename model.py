@@ -22,9 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
-from data import EOS, IMAGE_ID, Batch, InputError, batches_ahead, spare_cores
+from data import EOS, IMAGE_ID, Batch, batches_ahead, spare_cores
 from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask
 from post_decoder import BlockConfig, PostInteractionBlock
+from readers import InputError
 
 
 @dataclass
@@ -203,7 +204,7 @@ def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None,
     `indices` are the rows to answer (default all), `batch_size` is in rows (default: what fits). Returns for every head
     {index: ([text of each branch], first_logits (branches, vocab))}. Shows a progress bar when it has a title.
     """
-    order = sorted(range(len(dataset)) if indices is None else indices, key=dataset.length, reverse=True)
+    order = sorted(range(len(dataset)) if indices is None else indices, key=dataset.lengths().__getitem__, reverse=True)
     parameter, results = next(trunk.parameters()), [{} for _ in heads]
     if batch_size is None and order:
         row = dataset.row(order[0])

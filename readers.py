@@ -13,17 +13,40 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from data import IMAGE, InputError, progress
+from tqdm import tqdm
+
+IMAGE = "<image>"        # LLaVA's mark of the image's place in a text
 
 DESCRIBE = ("Describe this image in detail.",           # HA-DPO's four description prompts, in its order
             "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
             "Could you describe the contents of this image for me?")
+
+
+class InputError(Exception):
+    """Something the user can cure. The message names the file, the value and the cure; the programs print only it."""
+
+
+def run_program(main):
+    """Run a command-line program; what the user can cure ends it with one line and exit code 1, said by rank 0."""
+    try:
+        main()
+    except InputError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            # From a DataLoader worker it arrives behind a traceback of many lines.
+            print(f"error: {str(e).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        sys.exit(1)
+
+
+def progress(*args, **kwargs):
+    """A tqdm bar that rank 0 shows when it is needed for more than three seconds."""
+    return tqdm(*args, leave=False, delay=3, disable=int(os.environ.get("RANK", 0)) > 0, **kwargs)
 
 
 @dataclass

@@ -18,10 +18,10 @@ from torch import nn
 import shapes
 from checkpoint import load_base, save_base
 from clip_vit import CLIPVisionConfig
-from data import IMAGE, InputError, PackedDataset, Tokenizer
+from data import PackedDataset, Tokenizer
 from llama import LlamaConfig
 from model import Head, LlavaConfig, Trunk, answer
-from readers import Example, read_image_index, read_json
+from readers import IMAGE, Example, InputError, read_image_index, read_json
 
 # Chosen on validation images; by stage.
 TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),

@@ -33,13 +33,13 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpoint import fingerprint, is_trained, load_base, load_trained, save_base, save_trained
-from data import IGNORE, ImageProcessor, InputError, PackedDataset, Tokenizer, check_images, run_program
+from data import IGNORE, ImageProcessor, PackedDataset, Tokenizer, check_images, spare_cores
 from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
 from features import keep_features
 from loop import cosine, deepspeed_config, run_steps, say, start_deepspeed
 from model import Head, Trunk, answer_states
 from post_decoder import VARIANTS, PostInteractionBlock
-from readers import image_paths, read_hadpo, read_llava
+from readers import InputError, image_paths, read_hadpo, read_llava, run_program
 from tiny import TINY, prepare_tiny_world
 
 STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}
@@ -179,7 +179,7 @@ def train(args):
             block = initial_head(run, base)[0].block
             kind = block and (block.image_source, block.attention == "self")
             if kind not in kept:
-                kept[kind] = keep_features(args.cache_features, dataset, base.trunk, block, base.fingerprint, 64, rank, world_size)
+                kept[kind] = keep_features(args.cache_features, dataset, base.trunk, block, base.fingerprint, 16, rank, world_size)
             rows[run.output_dir] = kept[kind]
         base.trunk.to("meta")       # its work is done, its memory is free
     for n, run in enumerate(runs):
@@ -282,7 +282,7 @@ def parse(argv=None):
                        "or bf16 on a GPU and fp32 on a CPU")
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, global batch 128")
     group.add_argument("--logging_steps", type=int, default=1)
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
+    group.add_argument("--dataloader_num_workers", type=int, default=spare_cores(), help="processes that prepare batches")
     group.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)      # set by the launcher
     for name in ("tiny_sizes", "tiny_tower"):
         group.add_argument(f"--{name}", type=json.loads, default={}, help="JSON, for tests: sizes of the tiny world")
