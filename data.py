@@ -50,6 +50,9 @@ class Tokenizer:
         if ids != (PAD, BOS, EOS):
             raise InputError(f"{path}: unk, bos, eos are {ids} and must be {(PAD, BOS, EOS)}; this is not LLaMA's tokenizer")
 
+    def __reduce__(self):
+        return Tokenizer, (self.path,)              # pickled, it is its path
+
     def __len__(self):
         return self.model.vocab_size()
 

@@ -271,8 +271,12 @@ def check_outside(path, outside, rows):
     if outside != expected:
         same = len(os.path.commonprefix((outside, expected)))
         wrong, number = outside[same:].removeprefix(b","), outside[:same].count(b"{")
-        what = "ends without a ]" if not wrong else "a row begins here and does not end" if wrong.startswith(b"{") else \
-            f"here stands {wrong[:20].decode(errors='replace')!r} and no row"
+        if not wrong:
+            what = "ends without a ]"
+        elif wrong.startswith(b"{"):
+            what = "begins and does not end" if number == rows else "needs one comma in front of it"
+        else:
+            what = f"here stands {wrong[:20].decode(errors='replace')!r}"
         raise InputError(f"{path}, row {number}: not readable as JSON objects ({what}); is it the right file, was the download cut short?")
 
 

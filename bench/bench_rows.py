@@ -1,0 +1,120 @@
+"""How long conversations take until the first row is there, and how much memory they hold.
+
+    python bench/bench_rows.py [--rows 100 10000 1000000 2000000] [--kilobytes 0.3 1.5] [--peer_all] [--folder /tmp]
+
+Writes LLaVA's conversation JSON of so many rows of so many kilobytes, three rows an image as in LLaVA's own, every tenth
+row without one, and opens each file in a process of its own: `read_llava`, the first and the last row, the check that
+every image is there. Beside it, up to 200,000 rows (--peer_all: always), what LLaVA does: `json.load` of the whole file.
+Prints a Markdown table; memory is the highest resident (VmHWM) less what the process had before. The files have just been
+written, so they come from the page cache where that is large enough; the time to only read them is given too. Images are
+links to one small file.
+"""
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from PIL import Image
+
+from bench_load import memory
+from data import check_images
+from readers import image_paths, read_llava
+
+WORDS = 'a the man woman dog "sign" stands near red car with umbrella on street {left} and 35\u00b0 back\\slash of photo\n'.split(" ")
+PEER_ROWS = 200_000
+LINKS = 1000        # rows that share an image file's folder
+
+
+def image_name(n):
+    """Image of row n, one in three rows; a tenth of the rows has none."""
+    return None if n % 10 == 9 else f"{n // LINKS:05d}/{n // 3:09d}.png"
+
+
+def write_rows(path, rows, kilobytes):
+    """A list of rows in LLaVA's layout, about `kilobytes` each: 500 different conversations over and over."""
+    rng = random.Random(0)
+    text = lambda length: "".join(word + " " for word in rng.choices(WORDS, k=max(1, int(length / 5.7))))[:-1]
+    turns = 2 if kilobytes < 1 else 8
+    each = max(10, (1000 * kilobytes - 60) / turns - 34)
+    said = [[text(each) for _ in range(turns)] for _ in range(500)]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("[")
+        for n in range(rows):
+            image, texts = image_name(n), said[n % 500]
+            row = {"id": f"{n:09d}"} | ({"image": image} if image else {}) | {"conversations": [
+                {"from": "gpt" if t % 2 else "human", "value": ("<image>\n" if image and t == 0 else "") + text} for t, text in enumerate(texts)]}
+            file.write((",\n" if n else "") + json.dumps(row, ensure_ascii=False))
+        file.write("]")
+
+
+def write_images(folder, rows):
+    """One small image under every name. A file may have only so many names, so that there are several."""
+    source = None
+    for n, name in enumerate(sorted({image_name(n) for n in range(rows)} - {None})):
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if n % 30_000 == 0:
+            Image.new("RGB", (8, 8)).save(path)
+            source = path
+        else:
+            os.link(source, path)
+
+
+def measure(how, path, image_folder):
+    """What the measured process does → one line of JSON."""
+    before, began = memory("VmRSS"), time.perf_counter()
+    if how == "read":
+        with open(path, "rb", buffering=0) as file:
+            buffer = bytearray(2 ** 20)
+            while file.readinto(buffer):
+                pass
+        count = None
+    elif how == "peer":
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file)
+        count = len(rows)
+    else:
+        examples = read_llava(path, image_folder)
+        count = len(examples)
+        assert examples[0].conversations and examples[count - 1].conversations
+    seconds, began = time.perf_counter() - began, time.perf_counter()
+    if how == "ours":
+        check_images(image_paths(examples))
+    print(json.dumps({"rows": count, "seconds": seconds, "checked": time.perf_counter() - began, "extra": memory("VmHWM") - before}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[100, 10_000, 1_000_000, 2_000_000])
+    parser.add_argument("--kilobytes", type=float, nargs="+", default=[0.3, 1.5], help="of a row")
+    parser.add_argument("--peer_all", action="store_true", help=f"json.load also above {PEER_ROWS:,} rows (some 15 times the file's size)")
+    parser.add_argument("--folder", help="where the files are written for a while; default: the system's temporary folder")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        return measure(*args.measure)
+    print("| rows | file | only read | first row | images checked | extra memory | json.load | its extra memory |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        write_images(folder, max(args.rows))
+        for kilobytes in args.kilobytes:
+            for rows in args.rows:
+                path = os.path.join(folder, "talk.json")
+                write_rows(path, rows, kilobytes)
+                results = {how: json.loads(subprocess.run(
+                    [sys.executable, os.path.abspath(__file__), "--measure", how, path, folder], check=True, stdout=subprocess.PIPE,
+                    text=True).stdout) for how in ("read", "ours", "peer") if how != "peer" or rows <= PEER_ROWS or args.peer_all}
+                assert all(result["rows"] in (rows, None) for result in results.values())
+                ours, peer = results["ours"], results.get("peer")
+                beside = f"{peer['seconds']:.2f} s | {peer['extra'] / 1e6:,.0f} MB" if peer else "not run | "
+                print(f"| {rows:,} | {os.path.getsize(path) / 1e6:,.1f} MB | {results['read']['seconds']:.2f} s | {ours['seconds']:.2f} s | "
+                      f"+ {ours['checked']:.2f} s | {ours['extra'] / 1e6:,.0f} MB | {beside} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
