@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 from tqdm import tqdm
 
 IMAGE = "<image>"        # LLaVA's mark of the image's place in a text

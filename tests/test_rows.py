@@ -17,10 +17,10 @@ from PIL import Image
 
 import data
 import readers
-from data import ImageProcessor, InputError, PackedDataset, ResumableSampler, Tokenizer, check_images, collate, pack, run_program
+from data import ImageProcessor, PackedDataset, ResumableSampler, Tokenizer, check_images, collate, pack
 from dpo import token_logps
 from model import answer_states
-from readers import Example, image_paths, index_rows, read_llava, row_lengths
+from readers import Example, InputError, image_paths, index_rows, read_llava, row_lengths, run_program
 from test_packed import PATCHES, make_sequences, pixels
 
 NASTY = ('"', '\\', '\\\\', '\\"', '{', '}', '[', ']', '{"', '"}', ',', '\n', '\t', "/", "\u2028", "é", "漢", "🙂", "\x00", " ", "a", '"image": "no.jpg"')
