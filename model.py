@@ -230,3 +230,8 @@ def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None,
     for rows, batch in zip(chosen, tqdm(loader, title, disable=title is None, unit="batch", leave=False)):
         give(rows, batch)
     return results
+
+
+if __name__ == "__main__":      # python model.py CKPT: talk to it
+    import chat
+    chat.run_program(chat.main)
