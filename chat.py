@@ -23,8 +23,9 @@ except ImportError:
 
 import torch
 
-from data import EOS, InputError, check_images, run_program
+from data import EOS, check_images
 from eval_pope import load_all
+from readers import InputError, run_program
 from sampling import Conversation, Sampling
 
 COMMANDS = "/image PATH: another picture; /reset: from the beginning; /exit or Ctrl-D: end; Ctrl-C stops an answer"

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from data import EOS, IMAGE, IMAGE_ID, Batch, InputError, check_images, encode_conversation, expand
+from data import EOS, IMAGE, IMAGE_ID, Batch, check_images, encode_conversation, expand
 from llama import KVCache
 from model import answer_states
+from readers import InputError
 
 
 @dataclass

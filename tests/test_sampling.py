@@ -12,9 +12,10 @@ from PIL import Image
 from test_packed import alone, pixels
 from test_peers import IMAGE_TOKEN, VOCAB, llava_twins, transformers
 
-from data import BOS, EOS, IMAGE, IMAGE_ID, InputError, Tokenizer, collate, encode_conversation, pack
+from data import BOS, EOS, IMAGE, IMAGE_ID, Tokenizer, collate, encode_conversation, pack
 from model import generate
 from post_decoder import VARIANTS
+from readers import InputError
 from sampling import (Conversation, Sampling, ban_repeated_ngrams, distribution, keep_top_k, keep_top_p, next_token,
                       penalise_repetition)
 
