@@ -12,8 +12,8 @@ are computed only where an answer token is predicted, never for a whole row.
     tokens, first_logits = generate(trunk, [head, other_head], batch, max_new_tokens=128)[0]
 
 Loading and saving: checkpoint.py. Talking to one: `python model.py CKPT` (chat.py). Follows LLaVA-1.5 (arXiv 2310.03744);
-parameter names are those of its files.
-Deliberately different: `Trunk` has no `lm_head`, and the image's place in the row is expanded by data.py.
+parameter names are those of its files. Deliberately different: `Trunk` has no `lm_head`, and the image's place in the
+row is expanded by data.py.
 """
 from dataclasses import dataclass, field
 
