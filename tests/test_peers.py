@@ -66,9 +66,8 @@ def test_clip(layer, activation):
     assert largest_difference(f"CLIP, layer {layer}, {activation}", ours(pixels), expected) < 1e-4
 
 
-@pytest.mark.parametrize("heads, kv_heads", HEADS)
-def test_llava(heads, kv_heads):
-    """From pixels and tokens to logits, two rows with an image each, and 20 greedy tokens."""
+def llava_twins(heads=4, kv_heads=4):
+    """transformers' LLaVA with random weights, and our trunk and head with the same."""
     torch.manual_seed(0)
     text = transformers.LlamaConfig(**text_sizes(heads, kv_heads), pad_token_id=0, bos_token_id=BOS, eos_token_id=EOS)
     theirs = randomised(transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
@@ -85,7 +84,13 @@ def test_llava(heads, kv_heads):
         state[(names[old] if old else "") + key.removeprefix(old).removeprefix("vision_model.")] = tensor
     head.lm_head.weight.data = state.pop("lm_head.weight")
     copy(trunk, {key: t for key, t in state.items() if not trunk.vision_tower.unused_key(key)})
+    return theirs, trunk, head
 
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_llava(heads, kv_heads):
+    """From pixels and tokens to logits, two rows with an image each, and 20 greedy tokens."""
+    theirs, trunk, head = llava_twins(heads, kv_heads)
     pixels = torch.randn(2, 3, 24, 24)
     rows = [[BOS, 7, 8, IMAGE_ID, 9, 10, 11], [BOS, 20, 21, IMAGE_ID, 12, 14, 13]]
     batch = collate([pack([(ids, [IGNORE] * len(ids))], 9, 256, str(n)) for n, ids in enumerate(rows)], lambda n: pixels[int(n)])
