@@ -21,11 +21,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.distributed as dist
 
-from data import IMAGE, Example, PackedDataset, read_pope
+from data import IMAGE, PackedDataset
 from eval_pope import PROTOCOLS, SPLITS, ask
 from model import Head, generate
 from peer import (SIZES, Line, agreement, answer_positions, decoder_flops, environment, matmul_peak, measure, peer_generate,
                   peer_inputs, peer_of, random_llava, table, tower_flops, unpack, write_images)
+from readers import Example, read_pope
 
 OBJECTS = ("person car chair book bottle cup bowl dog cat bird horse sheep cow elephant bear zebra giraffe backpack umbrella handbag "
            "tie suitcase frisbee kite skateboard surfboard fork knife spoon banana apple sandwich orange broccoli carrot pizza donut "

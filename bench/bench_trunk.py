@@ -15,10 +15,11 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
-from data import IMAGE, SYSTEM, Example, PackedDataset
+from data import IMAGE, SYSTEM, PackedDataset
 from model import generate
 from peer import (SIZES, Line, agreement, decoder_flops, decoder_weights, environment, matmul_peak, measure, memory_bandwidth,
                   peer_generate, peer_inputs, peer_of, random_llava, table, unpack)
+from readers import Example
 
 
 def rows_of(ours, images, questions):
@@ -62,7 +63,7 @@ def one_pass(ours, theirs, rows, batch, peer_batch, repeats):
 
 def one_step(ours, theirs, rows, batch, peer_batch, steps, bandwidth, repeats):
     """One more token for every branch → Lines of ours, the peer and the floors of both."""
-    text, few = ours.config.text, 4
+    text, few = ours.config.text, 2
     sequences = [ids for row in rows for ids in unpack(row)]
     pixels = batch.pixel_values.repeat_interleave(len(rows[0].ends), 0)                                 # (questions, 3, S, S)
     inputs = [peer_inputs(ours, sequences[start:start + peer_batch], pixels[start:start + peer_batch])
@@ -94,7 +95,7 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--questions", type=int, default=10, help="per image")
     parser.add_argument("--peer_batch", type=int, default=64, help="questions at once, peer")
-    parser.add_argument("--steps", type=int, default=32, help="tokens over which a step of decoding is averaged")
+    parser.add_argument("--steps", type=int, default=14, help="steps of decoding that are timed together")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
     ours = random_llava(args.size)

@@ -253,9 +253,10 @@ def table(lines, unit, total, peak):
     text = [f"| | measured | {head} | times faster | tokens/s | of matmul peak | peak memory, GiB |", "|---" * 7 + "|"]
     for line in lines:
         ratios = " / ".join(f"{peer.seconds / peer.units / (line.seconds / line.units):.2f}" for peer in line.peers)
-        text.append(f"| {line.what} | {line.units:,} | {line.seconds / line.units * total:.4g} | {ratios or '–'} | "
-                    f"{line.tokens / line.seconds:,.0f} | {100 * line.flops / line.seconds / peak:.1f} % | "
-                    f"{'–' if line.memory is None else f'{line.memory / 2 ** 30:.1f}'} |")
+        work = (f"{line.tokens / line.seconds:,.0f}", f"{100 * line.flops / line.seconds / peak:.1f} %") if line.tokens else ("–", "–")
+        memory = "–" if line.memory is None else f"{line.memory / 2 ** 30:.1f}"
+        text.append(f"| {line.what} | {line.units:,} | {line.seconds / line.units * total:.4g} | {ratios or '–'} | {work[0]} | {work[1]} | "
+                    f"{memory} |")
     return "\n".join(text)
 
 
