@@ -25,7 +25,7 @@ import transformers
 from accelerate import init_empty_weights
 from PIL import Image
 
-from clip_vit import CLIPVisionConfig
+from clip_vit import TOWER, CLIPVisionConfig
 from data import BOS, EOS, IMAGE_ID, PAD, ImageProcessor
 from layouts import our_name
 from llama import LlamaConfig
@@ -34,7 +34,7 @@ from model import Head, LlavaConfig, Trunk
 SIZES = {
     "7b": LlavaConfig(),
     "1b": LlavaConfig(LlamaConfig(32000, 2048, 5632, 22, 32, 4, 4096)),                     # TinyLlama-1.1B's
-    "tiny": LlavaConfig(LlamaConfig(512, 64, 96, 2, 4, 4, 2048), CLIPVisionConfig(24, 48, 3, 4, image_size=24, patch_size=8)),
+    "tiny": LlavaConfig(LlamaConfig(512, 64, 96, 3, 8, 4, 2048), CLIPVisionConfig(24, 48, 3, 4, image_size=24, patch_size=8)),
 }
 # Of the numbers' spread. One rounding to bf16 is 0.004; a hundred follow each other on the way through 32 layers.
 TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 1e-4}
@@ -111,7 +111,7 @@ def peer_of(ours):
     shared, tensors = {**ours.trunk.state_dict(), **ours.head.state_dict()}, {}
     for name, parameter in theirs.state_dict().items():
         key = our_name(name)
-        if ours.trunk.vision_tower.unused_key(key):         # transformers builds and runs also what LLaVA does not read
+        if key.startswith(TOWER) and ours.trunk.vision_tower.unused_key(key):       # transformers builds and runs also what LLaVA does not read
             shared[key] = torch.zeros(parameter.shape, device=ours.device, dtype=ours.dtype)
         tensors[name] = shared[key]
     theirs.load_state_dict(tensors, assign=True)

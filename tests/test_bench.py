@@ -94,7 +94,7 @@ def test_answers_that_end_early_are_refused(tmp_path):
 
 def test_counted_operations():
     """Against torch's counter, which counts attention in full: what the mask forbids is added for the comparison."""
-    for size in (peer.SIZES["tiny"], peer.LlavaConfig(peer.LlamaConfig(64, 64, 96, 3, 8, 2), peer.SIZES["tiny"].vision)):
+    for size in (peer.SIZES["tiny"], peer.LlavaConfig(peer.LlamaConfig(64, 64, 96, 2, 4, 4), peer.SIZES["tiny"].vision)):
         trunk, text, T = peer.Trunk(size), size.text, 20
         position = torch.arange(T)[None]
         with FlopCounterMode(display=False) as counter:
