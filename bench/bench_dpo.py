@@ -11,19 +11,20 @@ before the clock starts, for both; reading kept features counts. Share of the pe
 peer.py) in the one pass of ours; of the peer in four: policy, reference, recomputation, gradients of the activations.
 """
 import argparse
-import gc
 import os
 import random
 import string
 import sys
 import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import peft
 import torch
 
-from data import IMAGE, PackedDataset, ResumableSampler
+import train
+from data import IMAGE, PackedDataset, ResumableSampler, batches_ahead, spare_cores
 from dpo import dpo_loss, token_logps
 from features import keep_features
 from model import Head
@@ -53,33 +54,37 @@ def make_pairs(ours, images, count, tokens, seed=0):
 # Ours
 
 
-def start_engine(deepspeed, ours, stage, micro_batch, accumulation=1, kept=False):
-    """A new identity block and a copy of lm_head under DeepSpeed, as train.py makes them → engine."""
+def identity(ours):
+    """A head as train.py starts from it: an identity block and its own lm_head."""
     head = Head(ours.config, ours.config.block()).to(ours.device, ours.dtype)
     head.lm_head.load_state_dict(ours.head.lm_head.state_dict())
-    trained = set_trained(ours.trunk, head, STAGES[stage])
+    return head
+
+
+def start_engine(deepspeed, ours, head, groups, micro_batch, accumulation=1, kept=False):
+    """DeepSpeed around the objective, as in train.py. `kept`: batches come from kept features."""
+    trained = set_trained(ours.trunk, head, groups)
     objective = Objective(None if kept else ours.trunk, head, "dpo", BETA, 0.0)
     optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    config = deepspeed_config(SimpleNamespace(deepspeed=None, per_device_train_batch_size=micro_batch, bf16=None,
+    config = deepspeed_config(SimpleNamespace(deepspeed=None, per_device_train_batch_size=micro_batch, bf16=None, offload=False,
                                               gradient_accumulation_steps=accumulation), 1, ours.device.type == "cuda")
     return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
 
 
-def step(ours, engine, batch):
-    loss, metrics = engine(batch.to(ours.device, ours.dtype))
+def step(engine, batch, *reference):
+    loss, _ = engine(batch, *reference)
     engine.backward(loss)
     engine.step()
-    return metrics
 
 
 def with_trunk(deepspeed, ours, stage, micro_batch, dataset, tokens, repeats):
     """Optimizer steps with the trunk in the loop → Line."""
-    engine, rows = start_engine(deepspeed, ours, stage, micro_batch), [dataset.row(n) for n in range(micro_batch)]
-    batch = dataset[list(range(micro_batch))]
-    measured = measure(lambda: step(ours, engine, batch), ours.device, repeats, warm_up=2)
+    engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch)
+    batch, rows = dataset[list(range(micro_batch))], [dataset.row(n) for n in range(micro_batch)]
+    measured = measure(lambda: step(engine, batch.to(ours.device, ours.dtype)), ours.device, repeats, warm_up=2)
+    engine.destroy()
     positions = [p for row in rows for p in row.position]
-    flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, len(batch.pixel_values))
-    release(engine)
+    flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, micro_batch)
     return Line(f"{tokens} tokens: ours, stage {stage}, {micro_batch} pairs", measured.seconds, micro_batch, len(positions), flops,
                 measured.memory)
 
@@ -90,29 +95,47 @@ def from_features(deepspeed, ours, stage, micro_batch, dataset, tokens, steps, g
         block = ours.config.block()
         measured = measure(lambda: keep_features(folder, dataset, ours.trunk, block, "random weights", 64), ours.device, 1, 0)
         rows = [dataset.row(n) for n in range(len(dataset))]
-        positions, images = [p for row in rows for p in row.position], len({row.image for row in rows})
-        flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, images)
-        frozen = Line(f"{tokens} tokens: ours, the frozen pass onto the disk", measured.seconds, len(dataset), len(positions), flops,
+        positions = [p for row in rows for p in row.position]
+        flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, len(rows))
+        frozen = Line(f"{tokens} tokens: ours, the frozen pass onto the disk", measured.seconds, len(rows), len(positions), flops,
                       measured.memory)
         kept = measured.result
 
         def run():
-            engine = start_engine(deepspeed, ours, stage, micro_batch, global_batch // micro_batch, kept=True)
+            engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch, global_batch // micro_batch, kept=True)
             sampler = ResumableSampler(len(kept), steps, global_batch, micro_batch, 0, 1, seed=42)
-            for batch in torch.utils.data.DataLoader(kept, batch_size=None, sampler=sampler, collate_fn=lambda batch: batch):
-                step(ours, engine, batch)
-            release(engine)
+            for batch in batches_ahead(kept, sampler, spare_cores()):
+                step(engine, batch.to(ours.device, ours.dtype))
+            engine.destroy()
 
         measured = measure(run, ours.device, repeats=1, warm_up=0)
     return frozen, Line(f"{tokens} tokens: ours, a whole run of {steps} steps from kept features", measured.seconds,
                         steps * global_batch, 0, 0, measured.memory)
 
 
-def release(engine):
-    engine.destroy()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def with_lora(deepspeed, ours, micro_batch, datasets, repeats):
+    """Optimizer steps of HA-DPO itself, `train.py --lora_r 128 --gradient_checkpointing` → {tokens: Line}. Changes the trunk."""
+    train.add_lora(ours.trunk.model, 128, 256, 0.05)
+    train.checkpoint_layers(ours.trunk.model)
+    lines = {}
+    for tokens, dataset in datasets.items():
+        engine = start_engine(deepspeed, ours, ours.head, ("lora",), micro_batch)
+        batch, rows = dataset[list(range(micro_batch))], [dataset.row(n) for n in range(micro_batch)]
+
+        def one_step():
+            moved = batch.to(ours.device, ours.dtype)
+            with torch.no_grad():                           # of the model before its first step; once per pair, for all epochs
+                reference = engine.module.eval()(moved)
+            engine.module.train()
+            step(engine, moved, None, reference)
+
+        measured = measure(one_step, ours.device, repeats, warm_up=2)
+        engine.destroy()
+        positions = [p for row in rows for p in row.position]
+        flops = 4 * decoder_flops(ours.config, positions) + 2 * tower_flops(ours.config, micro_batch)
+        lines[tokens] = Line(f"{tokens} tokens: ours, LoRA, {micro_batch} pairs", measured.seconds, micro_batch, len(positions), flops,
+                             measured.memory)
+    return lines
 
 
 @torch.no_grad()
@@ -127,7 +150,7 @@ def our_logps(ours, dataset, count):
 # The peer
 
 
-def with_lora(theirs):
+def with_peft(theirs):
     """theirs with adapters in training mode → PeftModel, optimizer."""
     model = peft.get_peft_model(theirs, peft.LoraConfig(r=128, lora_alpha=256, lora_dropout=0.05, target_modules=(
         r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")), autocast_adapter_dtype=False)
@@ -159,7 +182,7 @@ def peer_step(model, optimizer, inputs, tokens):
     optimizer.zero_grad()
 
 
-def lora(ours, model, optimizer, dataset, pairs, tokens, repeats):
+def time_peer(ours, model, optimizer, dataset, pairs, tokens, repeats):
     """Optimizer steps of the peer → Line."""
     inputs, lengths = peer_batch(ours, dataset, pairs)
     measured = measure(lambda: peer_step(model, optimizer, inputs, tokens), ours.device, repeats, warm_up=2)
@@ -185,26 +208,27 @@ def main(argv=None):
     peak = matmul_peak(ours.device, ours.dtype)
     print(f"{environment(ours.device, peak)}, peft {peft.__version__}, deepspeed {deepspeed.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        images = [os.path.join(folder, name) for name in write_images(folder, max(1, args.pairs // 4))]
+        images = [os.path.join(folder, name) for name in write_images(folder, min(args.pairs, 128))]
         datasets = {tokens: make_pairs(ours, images, args.pairs, tokens) for tokens in args.tokens}
-        print("ours", flush=True)
+        print("timing ours", flush=True)
         lines = {tokens: [with_trunk(deepspeed, ours, args.stage, micro, dataset, tokens, args.repeats) for micro in args.micro_batches]
                  for tokens, dataset in datasets.items()}
         first = args.tokens[0]
         lines[first] += from_features(deepspeed, ours, args.stage, max(args.micro_batches), datasets[first], first, args.steps,
                                       args.global_batch)
-        print("peer", flush=True)
+        print("timing the peer", flush=True)
         theirs = peer_of(ours)
         said = our_logps(ours, datasets[first], args.peer_pairs)
         with torch.no_grad():
             expected = peer_logps(theirs, peer_batch(ours, datasets[first], args.peer_pairs)[0], first)
-        model, optimizer = with_lora(theirs)
-        shown = []
-        for tokens, dataset in datasets.items():
-            peer = lora(ours, model, optimizer, dataset, args.peer_pairs, tokens, args.repeats)
-            for line in lines[tokens]:
-                line.peers = (peer,)
-            shown += [peer, *lines[tokens]]
+        model, optimizer = with_peft(theirs)
+        peers = {tokens: time_peer(ours, model, optimizer, dataset, args.peer_pairs, tokens, args.repeats)
+                 for tokens, dataset in datasets.items()}
+        del theirs, model, optimizer
+        if hasattr(train, "add_lora"):
+            for tokens, line in with_lora(deepspeed, ours, args.peer_pairs, datasets, args.repeats).items():
+                lines[tokens].insert(0, line)
+    shown = [line for tokens in args.tokens for line in [peers[tokens]] + [replace(x, peers=(peers[tokens],)) for x in lines[tokens]]]
     print("\n" + table(shown, "pair", args.global_batch, peak) + "\n")
     agreement("log-probabilities of the same answers, adapters off", said.to(expected.dtype), expected)
     torch.distributed.destroy_process_group()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data import IMAGE, PackedDataset
 from eval_pope import PROTOCOLS, SPLITS, ask
-from model import Head, generate
+from model import Head, answer
 from peer import (SIZES, Line, agreement, answer_positions, decoder_flops, environment, matmul_peak, measure, peer_generate,
                   peer_inputs, peer_of, random_llava, table, tower_flops, unpack, write_images)
 from readers import Example, read_pope
@@ -65,8 +65,8 @@ def pack(ours, folder, questions):
     return PackedDataset(examples, ours.tokenizer, ours.preprocess, ours.config.vision.num_patches, ours.config.max_length, system)
 
 
-def time_ours(ours, folder, what, questions, tokens, batch_size, heads=None):
-    """One run of `ask`, behind a warm-up on its first two batches → Line, {question: text} of the first head."""
+def time_ours(ours, folder, what, questions, tokens, batch_size=None, heads=None):
+    """One run of `ask`, behind a warm-up on its first 32 images → Line, {question: text} of the first head."""
     def answers(questions):
         said = list(ask(ours.trunk, heads or {"base": ours.head}, ours.tokenizer, ours.preprocess, questions, folder, PROTOCOL,
                         tokens, batch_size).values())
@@ -75,8 +75,8 @@ def time_ours(ours, folder, what, questions, tokens, batch_size, heads=None):
             raise SystemExit(f"answers are missing, or {wrong} of them are not {tokens} tokens long: their time would mean nothing")
         return said[0]
 
-    first = set(list(dict.fromkeys(image for image, _ in questions))[:2 * batch_size])
-    answers([q for q in questions if q[0] in first])
+    first = set(list(dict.fromkeys(image for image, _ in questions))[:32])
+    measure(lambda: answers([q for q in questions if q[0] in first]), ours.device, repeats=1, warm_up=0)
     measured = measure(lambda: answers(questions), ours.device, repeats=1, warm_up=0)
     dataset, positions = pack(ours, folder, questions), []
     for i in range(len(dataset)):
@@ -112,16 +112,14 @@ def time_peer(ours, theirs, what, dataset, count, tokens, batch_size):
     return Line(what, measured.seconds, len(sequences), len(positions), flops, measured.memory), ids, logits
 
 
-@torch.inference_mode()
-def first_logits(ours, dataset, count, batch_size):
+def first_logits(ours, dataset, count):
     """Our logits of the first answer token of the first `count` questions, (count, vocab)."""
-    logits, start = [], 0
-    while sum(map(len, logits)) < count:
-        batch = dataset[list(range(start, min(len(dataset), start + batch_size)))].to(ours.device, ours.dtype)
-        (_, first), = generate(ours.trunk, [ours.head], batch, 1)                           # (B, N, vocab)
-        logits.append(first[batch.ends >= 0])
-        start += batch_size
-    return torch.cat(logits)[:count]
+    rows, total = [], 0
+    while total < count:
+        total += len(dataset.examples[len(rows)].conversations)
+        rows.append(len(rows))
+    result, = answer(ours.trunk, [ours.head], dataset, 1, indices=rows)
+    return torch.cat([result[n][1] for n in rows])[:count]
 
 
 def differ(what, one, other):
@@ -145,14 +143,14 @@ def beside_the_peer(ours, folder, distinct, total, peak, args):
     line.peers = both.peers = (single, batched, once)
     print("\n" + table([single, batched, once, line, both], "answer", total, peak) + "\n")
 
-    images, lines = list(dict.fromkeys(image for image, _ in distinct))[:2 * size], []
+    images, lines = list(dict.fromkeys(image for image, _ in distinct))[:32], []
     for n in (1, 2, 4, 8, 12):
         asked = [(image, question(word)) for image in images for word in OBJECTS[:n]]
         line, _ = time_ours(ours, folder, f"ours, questions about an image: {n}", asked, 10, size)
         lines.append(replace(line, units=len(images), peers=(replace(batched, units=batched.units / n),)))
     print("\n" + table(lines, "image", 1, peak) + "\n")
 
-    asked, lines = [(image, question(word)) for image in images[:size] for word in OBJECTS[:10]], []
+    asked, lines = [(image, question(word)) for image in images[:16] for word in OBJECTS[:10]], []
     for tokens in (10, 32, 128):
         peer, _, _ = time_peer(ours, theirs, f"transformers, {tokens} tokens", pack(ours, folder, asked), args.peer_batch, tokens,
                                args.peer_batch)
@@ -165,14 +163,14 @@ def beside_the_peer(ours, folder, distinct, total, peak, args):
     differ("transformers alone against in batches", [ours.tokenizer.decode(row).split() for row in single_ids.tolist()], theirs_said)
     differ("ours against transformers in batches", ours_said, theirs_said)
     agreement("logits of first tokens, transformers alone against in batches", single_logits, logits[:len(single_logits)], control=True)
-    agreement("logits of first tokens, ours against transformers in batches", first_logits(ours, dataset, len(logits), size), logits)
+    agreement("logits of first tokens, ours against transformers in batches", first_logits(ours, dataset, len(logits)), logits)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--batch_size", type=int, default=16, help="images at once, ours")
+    parser.add_argument("--batch_size", type=int, help="images at once, ours; default: what fits")
     parser.add_argument("--peer_single", type=int, default=48, help="questions that the peer answers one by one")
     parser.add_argument("--peer_batched", type=int, default=512, help="questions that the peer answers in batches")
     parser.add_argument("--peer_batch", type=int, default=64, help="questions at once, peer")
