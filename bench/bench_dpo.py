@@ -1,0 +1,238 @@
+"""A step of DPO, from pairs to updated weights, beside LoRA with transformers and peft on the same GPU and base weights.
+
+    python bench/bench_dpo.py [--size 7b] [--stage 2] [--tokens 24 128 512]
+
+The peer is HA-DPO's recipe: LoRA (r 128, alpha 256, dropout 0.05) on all linear layers of LLaMA, gradient checkpointing,
+chosen and rejected as two rows, the reference with adapters off, AdamW; everything in bf16 and logits for answer tokens
+only, which is faster than the recipe. Ours is what train.py does through DeepSpeed: first with the trunk in the loop, as
+in an epoch without kept features, then a whole run (an ablation, another learning rate) from kept features. A pair is
+system prompt, image, question and two answers of as many tokens as the table says, `</s>` included. Batches are made
+before the clock starts, for both; reading kept features counts. Share of the peak: operations of tower and decoder (see
+peer.py) in the one pass of ours; of the peer in four: policy, reference, recomputation, gradients of the activations.
+"""
+import argparse
+import os
+import random
+import string
+import sys
+import tempfile
+from dataclasses import replace
+from types import SimpleNamespace
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import peft
+import torch
+
+import train
+from data import IMAGE, PackedDataset, ResumableSampler, batches_ahead, spare_cores
+from dpo import dpo_loss, token_logps
+from features import keep_features
+from model import Head
+from peer import (SIZES, Line, agreement, decoder_flops, environment, matmul_peak, measure, peer_inputs, peer_of, random_llava, table,
+                  tower_flops, unpack, write_images)
+from readers import Example
+from train import STAGES, Objective, deepspeed_config, set_trained, start_deepspeed
+
+BETA, LEARNING_RATE = 0.1, 5e-7
+
+
+def make_pairs(ours, images, count, tokens, seed=0):
+    """`count` preference pairs about these images, answers of `tokens` tokens → PackedDataset."""
+    rng = random.Random(seed)
+
+    def words(n):
+        return " ".join("".join(rng.choices(string.ascii_lowercase, k=4)) for _ in range(n))
+
+    examples = []
+    for n in range(count):
+        question = f"{IMAGE}\nIs there a {words(1)} in the image, and if there is one, what does it look like?"
+        examples.append(Example(images[n % len(images)], [[(question, words(tokens - 1))], [(question, words(tokens - 1))]]))
+    return PackedDataset(examples, ours.tokenizer, ours.preprocess, ours.config.vision.num_patches, ours.config.max_length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+
+
+def identity(ours):
+    """A head as train.py starts from it: an identity block and its own lm_head."""
+    head = Head(ours.config, ours.config.block()).to(ours.device, ours.dtype)
+    head.lm_head.load_state_dict(ours.head.lm_head.state_dict())
+    return head
+
+
+def start_engine(deepspeed, ours, head, groups, micro_batch, accumulation=1, kept=False):
+    """DeepSpeed around the objective, as in train.py. `kept`: batches come from kept features."""
+    trained = set_trained(ours.trunk, head, groups)
+    objective = Objective(None if kept else ours.trunk, head, "dpo", BETA, 0.0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    config = deepspeed_config(SimpleNamespace(deepspeed=None, per_device_train_batch_size=micro_batch, bf16=None, offload=False,
+                                              gradient_accumulation_steps=accumulation), 1, ours.device.type == "cuda")
+    return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
+
+
+def step(engine, batch, *reference):
+    loss, _ = engine(batch, *reference)
+    engine.backward(loss)
+    engine.step()
+
+
+def with_trunk(deepspeed, ours, stage, micro_batch, dataset, tokens, repeats):
+    """Optimizer steps with the trunk in the loop → Line."""
+    engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch)
+    batch, rows = dataset[list(range(micro_batch))], [dataset.row(n) for n in range(micro_batch)]
+    measured = measure(lambda: step(engine, batch.to(ours.device, ours.dtype)), ours.device, repeats, warm_up=2)
+    engine.destroy()
+    positions = [p for row in rows for p in row.position]
+    flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, micro_batch)
+    return Line(f"{tokens} tokens: ours, stage {stage}, {micro_batch} pairs", measured.seconds, micro_batch, len(positions), flops,
+                measured.memory)
+
+
+def from_features(deepspeed, ours, stage, micro_batch, dataset, tokens, steps, global_batch):
+    """The frozen pass over all pairs, images opened, and a whole run from what it kept → two Lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        block = ours.config.block()
+        measured = measure(lambda: keep_features(folder, dataset, ours.trunk, block, "random weights", 64), ours.device, 1, 0)
+        rows = [dataset.row(n) for n in range(len(dataset))]
+        positions = [p for row in rows for p in row.position]
+        flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, len(rows))
+        frozen = Line(f"{tokens} tokens: ours, the frozen pass onto the disk", measured.seconds, len(rows), len(positions), flops,
+                      measured.memory)
+        kept = measured.result
+
+        def run():
+            engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch, global_batch // micro_batch, kept=True)
+            sampler = ResumableSampler(len(kept), steps, global_batch, micro_batch, 0, 1, seed=42)
+            for batch in batches_ahead(kept, sampler, spare_cores()):
+                step(engine, batch.to(ours.device, ours.dtype))
+            engine.destroy()
+
+        measured = measure(run, ours.device, repeats=1, warm_up=0)
+    return frozen, Line(f"{tokens} tokens: ours, a whole run of {steps} steps from kept features", measured.seconds,
+                        steps * global_batch, 0, 0, measured.memory)
+
+
+def with_lora(deepspeed, ours, micro_batch, datasets, repeats):
+    """Optimizer steps of HA-DPO itself, `train.py --lora_r 128 --gradient_checkpointing` → {tokens: Line}. Changes the trunk."""
+    train.add_lora(ours.trunk.model, 128, 256, 0.05)
+    train.checkpoint_layers(ours.trunk.model)
+    lines = {}
+    for tokens, dataset in datasets.items():
+        engine = start_engine(deepspeed, ours, ours.head, ("lora",), micro_batch)
+        batch, rows = dataset[list(range(micro_batch))], [dataset.row(n) for n in range(micro_batch)]
+
+        def one_step():
+            moved = batch.to(ours.device, ours.dtype)
+            with torch.no_grad():                           # of the model before its first step; once per pair, for all epochs
+                reference = engine.module.eval()(moved)
+            engine.module.train()
+            step(engine, moved, None, reference)
+
+        measured = measure(one_step, ours.device, repeats, warm_up=2)
+        engine.destroy()
+        positions = [p for row in rows for p in row.position]
+        flops = 4 * decoder_flops(ours.config, positions) + 2 * tower_flops(ours.config, micro_batch)
+        lines[tokens] = Line(f"{tokens} tokens: ours, LoRA, {micro_batch} pairs", measured.seconds, micro_batch, len(positions), flops,
+                             measured.memory)
+    return lines
+
+
+@torch.no_grad()
+def our_logps(ours, dataset, count):
+    """log pi_ref of the chosen, then of the rejected answers of the first pairs, (2 · count,), through the Objective."""
+    objective = Objective(ours.trunk, ours.head, "dpo", BETA, 0.0)
+    metrics = [objective(dataset[[n]].to(ours.device, ours.dtype))[1] for n in range(count)]
+    return torch.stack([m[f"logps/reference_{which}"] for which in ("chosen", "rejected") for m in metrics])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The peer
+
+
+def with_peft(theirs):
+    """theirs with adapters in training mode → PeftModel, optimizer."""
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=128, lora_alpha=256, lora_dropout=0.05, target_modules=(
+        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")), autocast_adapter_dtype=False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model.train(), torch.optim.AdamW(trained, lr=2e-6, weight_decay=0.0, fused=True)
+
+
+def peer_batch(ours, dataset, count):
+    """The first pairs as rows of their own: all chosen, then all rejected."""
+    batch, alone = dataset[list(range(count))], [unpack(dataset.row(n)) for n in range(count)]
+    sequences = [chosen for chosen, _ in alone] + [rejected for _, rejected in alone]
+    return peer_inputs(ours, sequences, batch.pixel_values[batch.image_index].repeat(2, 1, 1, 1)), list(map(len, sequences))
+
+
+def peer_logps(model, inputs, tokens):
+    """Sums over the last `tokens` tokens of each row, (2 · pairs,)."""
+    logits = model(**inputs, logits_to_keep=tokens + 1, use_cache=False).logits[:, :-1]             # (rows, tokens, vocab)
+    return token_logps(logits, inputs["input_ids"][:, -tokens:]).sum(1)
+
+
+def peer_step(model, optimizer, inputs, tokens):
+    with torch.no_grad(), model.disable_adapter():
+        reference = peer_logps(model, inputs, tokens)
+    losses, _, _ = dpo_loss(*peer_logps(model, inputs, tokens).chunk(2), *reference.chunk(2), BETA)
+    losses.mean().backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def time_peer(ours, model, optimizer, dataset, pairs, tokens, repeats):
+    """Optimizer steps of the peer → Line."""
+    inputs, lengths = peer_batch(ours, dataset, pairs)
+    measured = measure(lambda: peer_step(model, optimizer, inputs, tokens), ours.device, repeats, warm_up=2)
+    positions = [p for length in lengths for p in range(length)]
+    flops = 4 * decoder_flops(ours.config, positions) + 2 * tower_flops(ours.config, len(lengths))
+    return Line(f"{tokens} tokens: peft, LoRA, {pairs} pairs", measured.seconds, pairs, len(positions), flops, measured.memory)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="1 trains the block, 2 block and lm_head")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[24, 128, 512], help="of an answer")
+    parser.add_argument("--micro_batches", type=int, nargs="+", default=[4, 16], help="pairs at once, ours")
+    parser.add_argument("--peer_pairs", type=int, default=4, help="pairs at once, peer")
+    parser.add_argument("--pairs", type=int, default=512, help="whose features are kept")
+    parser.add_argument("--steps", type=int, default=39, help="of the run from kept features; 39 of 128 are HA-DPO's epoch")
+    parser.add_argument("--global_batch", type=int, default=128, help="of the run from kept features")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args(argv)
+    deepspeed = start_deepspeed()[0]
+    ours = random_llava(args.size)
+    peak = matmul_peak(ours.device, ours.dtype)
+    print(f"{environment(ours.device, peak)}, peft {peft.__version__}, deepspeed {deepspeed.__version__}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        images = [os.path.join(folder, name) for name in write_images(folder, min(args.pairs, 128))]
+        datasets = {tokens: make_pairs(ours, images, args.pairs, tokens) for tokens in args.tokens}
+        print("timing ours", flush=True)
+        lines = {tokens: [with_trunk(deepspeed, ours, args.stage, micro, dataset, tokens, args.repeats) for micro in args.micro_batches]
+                 for tokens, dataset in datasets.items()}
+        first = args.tokens[0]
+        lines[first] += from_features(deepspeed, ours, args.stage, max(args.micro_batches), datasets[first], first, args.steps,
+                                      args.global_batch)
+        print("timing the peer", flush=True)
+        theirs = peer_of(ours)
+        said = our_logps(ours, datasets[first], args.peer_pairs)
+        with torch.no_grad():
+            expected = peer_logps(theirs, peer_batch(ours, datasets[first], args.peer_pairs)[0], first)
+        model, optimizer = with_peft(theirs)
+        peers = {tokens: time_peer(ours, model, optimizer, dataset, args.peer_pairs, tokens, args.repeats)
+                 for tokens, dataset in datasets.items()}
+        del theirs, model, optimizer
+        if hasattr(train, "add_lora"):
+            for tokens, line in with_lora(deepspeed, ours, args.peer_pairs, datasets, args.repeats).items():
+                lines[tokens].insert(0, line)
+    shown = [line for tokens in args.tokens for line in [peers[tokens]] + [replace(x, peers=(peers[tokens],)) for x in lines[tokens]]]
+    print("\n" + table(shown, "pair", args.global_batch, peak) + "\n")
+    agreement("log-probabilities of the same answers, adapters off", said.to(expected.dtype), expected)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

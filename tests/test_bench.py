@@ -1,0 +1,152 @@
+"""The benchmarks against public peers run, at tiny size on the CPU, and what they count and compare is right."""
+import os
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, succeeds
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+sys.path.insert(0, os.path.join(ROOT, "bench"))
+
+import bench_pope
+import bench_trunk
+import peer
+from data import EOS, IMAGE, SYSTEM, encode_conversation, expand
+from eval_pope import SPLITS
+from readers import read_pope
+
+TINY_POPE = ["--size", "tiny", "--images", "4", "--batch_size", "2", "--peer_single", "3", "--peer_batched", "20", "--peer_batch", "8"]
+
+
+def lines_of(said):
+    """Markdown tables → {first cell: [the other cells]}."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("| ")]
+    return {first: rest for first, *rest in rows}
+
+
+def test_pope(capsys):
+    bench_pope.main(TINY_POPE)
+    said = capsys.readouterr().out
+    lines = lines_of(said)
+    assert {"transformers, one by one", "transformers, batches of 8", "ours", "ours, base and a checkpoint", "ours, 128 tokens",
+            "ours, questions about an image: 12"} <= lines.keys()
+    assert lines["ours"][0] == "72" and lines["transformers, batches of 8"][0] == "20"     # 4 × 6 × 3 answers; a sample
+    assert re.search(r"ours against transformers in batches: 0 of 20 answers differ", said)
+    assert re.search(r"first tokens, ours against transformers in batches: largest difference \d", said)
+
+
+def test_pope_on_several_processes():
+    said = succeeds("torchrun", "--nproc_per_node", 2, "bench/bench_pope.py", *TINY_POPE)
+    assert lines_of(said)["ours, 2 processes"][0] == "72" and "answers/s" in said
+
+
+def test_trunk(capsys):
+    bench_trunk.main(["--size", "tiny", "--images", "3", "--questions", "4", "--peer_batch", "5", "--steps", "2", "--repeats", "1"])
+    said = capsys.readouterr().out
+    assert len([first for first in lines_of(said) if "ours" in first]) == 3                # pass, step, floor
+    assert "hidden states behind every question: largest difference" in said
+
+
+def test_dpo():
+    said = succeeds("python", "bench/bench_dpo.py", "--size", "tiny", "--tokens", 6, 10, "--micro_batches", 2, 4, "--peer_pairs", 2,
+                    "--pairs", 8, "--steps", 2, "--global_batch", 8, "--repeats", 1)
+    lines = lines_of(said)
+    assert lines["6 tokens: ours, a whole run of 2 steps from kept features"][0] == "16"
+    assert {f"{n} tokens: {who}" for n in (6, 10) for who in ("peft, LoRA, 2 pairs", "ours, stage 2, 4 pairs")} <= lines.keys()
+    assert "adapters off: largest difference" in said
+
+
+def test_both_sides_hold_the_same_memory():
+    ours = peer.random_llava("tiny")
+    theirs, shared = peer.peer_of(ours), {**ours.trunk.state_dict(), **ours.head.state_dict()}
+    found = {peer.our_name(name): tensor.data_ptr() for name, tensor in theirs.state_dict().items()}
+    assert all(found[name] == tensor.data_ptr() for name, tensor in shared.items())
+
+
+def test_a_difference_ends_the_benchmark(monkeypatch):
+    """Ours with one other weight: the run must say so and not pass for a comparison."""
+    def other(ours):
+        theirs = peer_of(ours)
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.roll(1, 0), requires_grad=False)
+        return theirs
+
+    peer_of = peer.peer_of
+    monkeypatch.setattr(bench_pope, "peer_of", other)
+    with pytest.raises(SystemExit, match="cannot be compared"):
+        bench_pope.main(TINY_POPE)
+
+
+def test_answers_that_end_early_are_refused(tmp_path):
+    ours = peer.random_llava("tiny")
+    names = peer.write_images(tmp_path, 2)
+    questions = [(name, bench_pope.question(word)) for name in names for word in bench_pope.OBJECTS[:20]]
+    line, said = bench_pope.time_ours(ours, tmp_path, "ours", questions, 3, 2)
+    assert line.units == 40 == len(said)
+    first = int(said[questions[0]].split()[0].removeprefix("#"))
+    ours.head.lm_head.weight[EOS] = 2 * ours.head.lm_head.weight[first]                     # then </s> has twice its logit
+    with pytest.raises(SystemExit, match="3 tokens long"):
+        bench_pope.time_ours(ours, tmp_path, "ours", questions, 3, 2)
+
+
+def test_counted_operations():
+    """Against torch's counter, which counts attention in full: what the mask forbids is added for the comparison."""
+    for size in (peer.SIZES["tiny"], peer.LlavaConfig(peer.LlamaConfig(64, 64, 96, 2, 4, 4), peer.SIZES["tiny"].vision)):
+        trunk, text, T = peer.Trunk(size), size.text, 20
+        position = torch.arange(T)[None]
+        with FlopCounterMode(display=False) as counter:
+            trunk.model(torch.randn(1, T, text.hidden_size), position, torch.zeros_like(position))
+        forbidden = 4 * text.hidden_size * text.num_hidden_layers * (T * T - T * (T + 1) // 2)
+        assert peer.decoder_flops(size, range(T)) + forbidden == counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            trunk.model.mm_projector(trunk.vision_tower(torch.randn(3, 3, size.vision.image_size, size.vision.image_size)))
+        patches = 2 * 3 * size.vision.hidden_size * 3 * size.vision.image_size ** 2        # their embedding is not counted
+        assert peer.tower_flops(size, 3) + patches == counter.get_total_flops()
+
+
+def test_table():
+    """10 pairs in 2 s are 25.6 s for 128; 5 pairs in 8 s are eight times slower."""
+    slow = peer.Line("slow", 8.0, 5, 100, 4e9)
+    text = peer.table([slow, peer.Line("fast", 2.0, 10, 1000, 1e9, 3 * 2 ** 30, (slow,))], "pair", 128, 1e9)
+    assert lines_of(text)["slow"] == ["5", "204.8", "–", "12", "50.0 %", "–"]
+    assert lines_of(text)["fast"] == ["10", "25.6", "8.00", "500", "50.0 %", "3.0"]
+
+
+def test_agreement():
+    numbers = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    peer.agreement("same", numbers + 1e-6, numbers)
+    with pytest.raises(SystemExit):
+        peer.agreement("other", numbers + 1e-3, numbers)
+    with pytest.raises(SystemExit):
+        peer.agreement("nothing", numbers * float("nan"), numbers)
+    peer.agreement("control", numbers + 1, numbers, control=True)
+
+
+def test_questions_are_in_popes_proportions(tmp_path):
+    images = [f"{n}.jpg" for n in range(500)]
+    bench_pope.write_pope(tmp_path, images)
+    rows = {split: read_pope(str(tmp_path), split) for split in SPLITS.values()}
+    yes = [{(q["image"], q["text"]) for q in questions if q["label"] == "yes"} for questions in rows.values()]
+    assert all(len(questions) == 3000 for questions in rows.values()) and yes[0] == yes[1] == yes[2] and len(yes[0]) == 1500
+    distinct = {(q["image"], q["text"]) for questions in rows.values() for q in questions}
+    assert abs(len(distinct) / 5127 - 1) < 0.02
+
+
+def test_stand_in_tokenizer():
+    tokenizer = peer.StandInTokenizer(512)
+    ids = tokenizer.encode("\nIs there a dog in the image? ASSISTANT:")
+    assert len(ids) == 15 and all(2 < i < 511 for i in ids) and ids == tokenizer.encode("\nIs there a dog in the image? ASSISTANT:")
+    assert tokenizer.decode([5, 2, 7]) == "#5 #2 #7"
+
+
+def test_unpacked_rows_are_the_questions_alone():
+    ours = peer.random_llava("tiny")
+    rows, batch = bench_trunk.rows_of(ours, 2, 3)
+    for row in rows:
+        for number, ids in enumerate(peer.unpack(row), start=1):
+            conversation = [(f"{IMAGE}\nIs there {'an' if number == 1 else 'a'} {'abc'[number - 1] * 3} in the image?", None)]
+            alone = expand(*encode_conversation(ours.tokenizer, conversation, SYSTEM), ours.config.vision.num_patches, "image")[0]
+            assert ids == alone
