@@ -18,6 +18,7 @@ start. And blocks are chained when `depth` > 1, where the original feeds h to ev
 """
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -66,12 +67,18 @@ class BlockAttention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
 
+    def split(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                                # (B, H, T|S, D)
+
     def forward(self, query, context, mask=None):
-        B, T, hidden = query.shape
-        q, k, v = (proj(x).view(B, -1, self.num_heads, hidden // self.num_heads).transpose(1, 2)    # (B, H, T|S, D)
-                   for proj, x in ((self.q_proj, query), (self.k_proj, context), (self.v_proj, context)))
+        q, k, v = self.split(self.q_proj(query)), self.split(self.k_proj(context)), self.split(self.v_proj(context))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(out.transpose(1, 2).reshape(B, T, hidden))
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def weights(self, query, context):
+        """What the fused attention above keeps to itself: softmax(q kᵀ / √D) without a mask, fp32, (B, H, T, S)."""
+        q, k = self.split(self.q_proj(query)).float(), self.split(self.k_proj(context)).float()
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class BlockMLP(nn.Module):
@@ -135,9 +142,19 @@ class PostInteractionBlock(nn.Module):
         return not self.config.outer_residual and not any(w.any() for w in written)
 
     def forward(self, h, context, mask=None):
-        if self.config.attention == "cross":
-            context = self.image_norm(self.align(context))                                          # eq. 1
+        context = self.aligned(context)
         out = h
         for block in self.blocks:
             out = block(out, context, mask)
         return out + h if self.config.outer_residual else out                                       # eq. 4
+
+    def aligned(self, context):
+        return self.image_norm(self.align(context)) if self.config.attention == "cross" else context            # eq. 1
+
+    def attention_weights(self, h, context):
+        """Where cross-attention looks: h (B, T, hidden), image features (B, P, mm_hidden) → (B, depth · H, T, P)."""
+        context, weights = self.aligned(context), []
+        for block in self.blocks:
+            weights.append(block.cross_attn.weights(block.layer_norm1(h), context))
+            h = block(h, context, None)
+        return torch.cat(weights, 1)

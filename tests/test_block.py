@@ -88,6 +88,25 @@ def test_starts_as_the_identity(variant, depth, outer):
     assert all(p.grad.abs().max() > 1e-3 for p in zeroed.values())
 
 
+@pytest.mark.parametrize("variant, depth", [("full", 1), ("full", 2), ("align_linear", 1), ("align_after_align", 2)])
+def test_attention_weights(variant, depth):
+    """They are those that the block itself uses: with its values and output projection they give what its attention gives."""
+    block, h, F, _ = make(variant, depth, outer=False, zero_init=False)
+    shake(block)
+    weights, used = block.attention_weights(h, F), []
+    for part in block.blocks:
+        part.cross_attn.register_forward_hook(lambda module, inputs, out: used.append((module, *inputs, out)))
+    block(h, F)
+    heads = block.config.num_attention_heads
+    assert weights.shape == (B, depth * heads, T, P) and len(used) == depth
+    assert largest_difference("sums", weights.sum(-1), torch.ones(B, depth * heads, T)) < 1e-6
+    assert weights.std(-1).mean() > 0.01                                         # it prefers some patches
+    for n, (module, query, context, out) in enumerate(used):
+        v = module.v_proj(context).view(B, P, heads, -1)
+        ours = torch.einsum("bhtp,bphd->bthd", weights[:, n * heads:(n + 1) * heads], v).reshape(query.shape)
+        assert largest_difference(f"{variant}, block {n}", ours @ module.out_proj.weight.T, out) < 1e-5
+
+
 def test_names_are_those_of_the_notes_files():
     block, *_ = make("full", 1, True, zero_init=False)
     expected = {f"align.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
