@@ -3,6 +3,7 @@
     python eval_pope.py out/stage2                                        # the tiny world beside the checkpoint
     python eval_pope.py out/stage1 out/stage2                             # several checkpoints of one base: one trunk pass
     python eval_pope.py CKPT --coco_path COCO --pope_path POPE/output/coco [--set random] [--protocol llava]
+    python eval_pope.py out/stage2 --report report.html                   # and a page to look at answers and attention (report.py)
     torchrun --nproc_per_node 2 eval_pope.py out/stage2                   # images split over processes, the same table
     python eval_pope.py --score ANSWERS.jsonl --pope_path POPE/output/coco [--question_file llava_pope_test.jsonl]  # no model
 
@@ -209,20 +210,23 @@ def load_all(args, device, dtype):
     return trunk, heads, tokenizer, preprocess
 
 
-def ask(trunk, heads, tokenizer, preprocess, questions, image_folder, protocol, max_new_tokens, batch_size):
-    """{(image, question)} → per head {(image, question): (answer, yes-score)}; this process's share of the images, gathered."""
-    system, suffix, limit = PROTOCOLS[protocol]
+def open_prompts(config, tokenizer, preprocess, questions, image_folder, protocol):
+    """[(image, question), ...] → {image: questions}, PackedDataset with a row per image and a branch per question."""
+    system, suffix, _ = PROTOCOLS[protocol]
     by_image = {}
     for image, text in questions:
         by_image.setdefault(image, []).append(text)
-    images = list(by_image)
-    examples = [Example(os.path.join(image_folder, image), [[(f"{IMAGE}\n{text}{suffix}", None)] for text in by_image[image]])
-                for image in images]
-    check_images([e.image for e in examples])
+    examples = [Example(os.path.join(image_folder, image), [[(f"{IMAGE}\n{text}{suffix}", None)] for text in texts])
+                for image, texts in by_image.items()]
+    return by_image, PackedDataset(examples, tokenizer, preprocess, config.vision.num_patches, config.max_length, system)
+
+
+def ask(trunk, heads, tokenizer, preprocess, questions, image_folder, protocol, max_new_tokens, batch_size):
+    """{(image, question)} → per head {(image, question): (answer, yes-score)}; this process's share of the images, gathered."""
+    by_image, dataset = open_prompts(trunk.config, tokenizer, preprocess, questions, image_folder, protocol)
+    images, limit = list(by_image), min(max_new_tokens or PROTOCOLS[protocol][2], trunk.config.text.max_position_embeddings)
+    check_images([e.image for e in dataset.examples])
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    config = trunk.config
-    limit = min(max_new_tokens or limit, config.text.max_position_embeddings)
-    dataset = PackedDataset(examples, tokenizer, preprocess, config.vision.num_patches, config.max_length, system)
     mine = range(rank, len(images), world_size)
     answered = answer(trunk, list(heads.values()), dataset, limit, batch_size, mine, None if rank else "asking")
     yes, no = (tokenizer.encode(word)[0] for word in ("Yes", "No"))
@@ -243,6 +247,8 @@ def evaluate(args):
     image_folder = os.path.join(coco, "val2014")
     if not os.path.isdir(image_folder):
         raise InputError(f"{image_folder}: no such folder; --coco_path names the folder that holds val2014")
+    if args.report and (os.path.isdir(args.report) or not os.path.isdir(os.path.dirname(os.path.abspath(args.report)))):
+        raise InputError(f"--report {args.report}: is a folder or lies in none; name a file in a folder that exists")
     on_gpu, rank = torch.cuda.is_available(), int(os.environ.get("RANK", 0))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     bf16 = on_gpu if args.bf16 is None else args.bf16
@@ -269,8 +275,13 @@ def evaluate(args):
                     text, yes_score = said[name][q["image"], q["text"]]
                     file.write(json.dumps({"question_id": q.get("question_id"), "image": q["image"], "question": q["text"],
                                            "answer": text, "yes_score": yes_score}, ensure_ascii=False) + "\n")
-    write_json(os.path.join(folder, "metrics.json"), {"protocol": args.protocol, "metrics": metrics})
+    folders = dict(zip([name for name in heads if name != "base"], [c for c in args.checkpoints if kind(c) != "base"]))
+    write_json(os.path.join(folder, "metrics.json"), {"protocol": args.protocol, "checkpoints": folders, "metrics": metrics})
     print(f"\nanswers and metrics.json: {folder}")
+    if args.report:
+        from report import write_report     # which builds on this file
+        write_report(args.report, trunk, heads, tokenizer, preprocess, questions, said, metrics, image_folder, args.protocol,
+                     args.batch_size)
 
 
 def main():
@@ -287,6 +298,7 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, help="default: the protocol's")
     parser.add_argument("--batch_size", type=int, help="images at once; default: what fits")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--report", metavar="HTML", help="also write a page with tables, charts, answers and attention over the images")
     parser.add_argument("--output_dir", help="default: CKPT/pope of the first checkpoint")
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.score) or args.score and not args.pope_path:

@@ -14,7 +14,7 @@ A sweep loads the base once, passes it once over the data, and leaves a checkpoi
 
 Without --model_name_or_path everything is tiny: the world, its vision tower, its base model and the preference data mined
 from that base's mistakes are made once, beside --output_dir, and found again. A run writes --output_dir (checkpoint.py)
-with `metrics.jsonl`, one line per optimizer step.
+with `metrics.jsonl`, one line per optimizer step, and `training.svg`, the same to look at (plots.py).
 
 HA-DPO (arXiv 2311.16839) with the direct loss instead of the HF Trainer. Deliberately different: the trunk is frozen in
 stages 1 and 2, so policy and reference share its one pass, and nothing else is loaded for the reference.
@@ -38,6 +38,7 @@ from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
 from features import keep_features
 from loop import cosine, deepspeed_config, run_steps, say, start_deepspeed
 from model import Head, Trunk, answer_states
+from plots import draw_training, read_run
 from post_decoder import VARIANTS, PostInteractionBlock
 from readers import InputError, image_paths, read_hadpo, read_llava, run_program
 from tiny import TINY, prepare_tiny_world
@@ -229,7 +230,10 @@ def save(deepspeed, args, base, head, ours, steps, folder, zero_stage):
                     "fingerprint": base.fingerprint, "block": asdict(head.block) if head.block else None, "steps": steps,
                     "arguments": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}}
             save_trained(args.output_dir, tensors, info, base.tokenizer)
-        os.replace(os.path.join(folder, "metrics.jsonl"), os.path.join(args.output_dir, "metrics.jsonl"))
+        metrics = os.path.join(args.output_dir, "metrics.jsonl")
+        os.replace(os.path.join(folder, "metrics.jsonl"), metrics)
+        with open(os.path.join(args.output_dir, "training.svg"), "w", encoding="utf-8") as file:
+            file.write(draw_training([metrics, *args.plot]))
         os.rmdir(folder)
     dist.barrier()
 
@@ -282,6 +286,8 @@ def parse(argv=None):
                        "or bf16 on a GPU and fp32 on a CPU")
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, global batch 128")
     group.add_argument("--logging_steps", type=int, default=1)
+    group.add_argument("--plot", nargs="+", default=[], metavar="METRICS", help="metrics.jsonl of other runs, drawn beside this one's in "
+                       "OUTPUT_DIR/training.svg")
     group.add_argument("--dataloader_num_workers", type=int, default=spare_cores(), help="processes that prepare batches")
     group.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)      # set by the launcher
     for name in ("tiny_sizes", "tiny_tower"):
@@ -310,6 +316,8 @@ def parse(argv=None):
                              + ", ".join(f"--{n}" for n in needed))
         if not os.path.exists(getattr(args, name)):
             raise InputError(f"--{name} {getattr(args, name)}: no such file or folder")
+    for path in args.plot:
+        read_run(path)                                               # what cannot be drawn is said now
     if args.init != "identity" and not is_trained(args.init):
         raise InputError(f"--init {args.init}: is no trained checkpoint of ours")
     if args.init != "identity" and len(args.block) > 1:

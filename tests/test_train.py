@@ -306,7 +306,7 @@ def test_checkpoint_holds_exactly_what_was_trained(world, runs):
     trunk, base_head, *_ = load_base(world.base)
     expected = {name: p.shape for name, p in Head(trunk.config, trunk.config.block()).named_parameters()}
     for name in ("one", "two"):
-        assert sorted(os.listdir(runs / name)) == ["config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors"]
+        assert sorted(os.listdir(runs / name)) == ["config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors", "training.svg"]
         tensors = {key: stored.read() for key, stored in read_file(str(runs / name / "trained.safetensors")).items()}
         assert {key: t.shape for key, t in tensors.items()} == expected
         assert all(t.any() and t.isfinite().all() for t in tensors.values())     # pitfalls 14 and 15: nothing empty
