@@ -147,7 +147,7 @@ def panel(title, lines, x_label="", y_label="", x_range=None, y_range=None, log_
             f'role="img" aria-label="{escape(title)}">{"".join(out)}</svg>')
 
 
-def sheet(panels, names, note="", columns=3):
+def sheet(panels, names, notes=(), columns=3):
     """Panels side by side under one legend ({name: colour}) → a whole SVG file."""
     columns, x, y, legend = min(columns, len(panels)), 16, 20, []
     width = columns * WIDTH
@@ -158,11 +158,12 @@ def sheet(panels, names, note="", columns=3):
         legend.append(f'<path stroke="var(--c{colour})" stroke-width="3" d="M{x} {y - 4}h16"/><text x="{x + 22}" y="{y}">{escape(name)}</text>')
         x += needed
     top = y + 14
-    height = top + math.ceil(len(panels) / columns) * HEIGHT + (20 if note else 4)
+    height = top + math.ceil(len(panels) / columns) * HEIGHT + 16 * len(notes) + 8
     placed = [p.replace("<svg ", f'<svg x="{n % columns * WIDTH}" y="{top + n // columns * HEIGHT}" ', 1) for n, p in enumerate(panels)]
     return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
             f'<style>{STYLE}</style><rect width="{width}" height="{height}" fill="var(--paper)"/>{"".join(legend)}{"".join(placed)}'
-            + (f'<text class="soft" x="16" y="{height - 8}">{escape(note)}</text>' if note else "") + "</svg>\n")
+            + "".join(f'<text class="soft" x="16" y="{height - 16 * n - 8}">{escape(note)}</text>' for n, note in enumerate(reversed(notes)))
+            + "</svg>\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def sheet(panels, names, note="", columns=3):
 
 
 def read_run(path):
-    """metrics.jsonl → {metric: values}, the steps among them; None where a step lacks a metric."""
+    """metrics.jsonl → {metric: values}, the steps among them; NaN where a step lacks a metric."""
     rows = read_json(path, lines=True)
     if not rows:
         raise InputError(f"{path}: holds no step; did the run end before its first one?")
@@ -239,10 +240,13 @@ def variant(folder):
     return arguments.get("block", "full"), float(field(arguments, "learning_rate", (int, float), path, 0))
 
 
+def labels_yes(numbers):
+    """The share of labels that are yes, percent, which the counts tell."""
+    return 100 * (numbers["tp"] + numbers["fn"]) / sum(numbers[count] for count in ("tp", "fp", "tn", "fn"))
+
+
 def leans(numbers):
-    """Whether the yes-ratio is more than LEANS points away from the labels', which the counts tell."""
-    labels = 100 * (numbers["tp"] + numbers["fn"]) / sum(numbers[count] for count in ("tp", "fp", "tn", "fn"))
-    return abs(numbers["yes_ratio"] - labels) > LEANS
+    return abs(numbers["yes_ratio"] - labels_yes(numbers)) > LEANS
 
 
 def draw_sweep(paths):
@@ -266,10 +270,11 @@ def draw_sweep(paths):
                 lines.append(Line(list(means), list(means.values()), colours[name]))
                 lines.append(Line([r for r, _, _ in runs], [y for _, y, _ in runs], colours[name], joined=False, radius=[3.5] * len(runs),
                                   ringed=[ring for _, _, ring in runs]))
-            guides = [50] if metric == "yes_ratio" else []
+            guides = [labels_yes(rows[0][2])] if metric == "yes_ratio" else []
             panels.append(panel(f"{split}: {metric.replace('_', ' ')}", lines, "learning rate", "%", span(rates, log=True), log_x=True,
                                 guides=guides))
-    return sheet(panels, {"base": 0} | colours, f"ring: the yes-ratio is more than {LEANS} points away from the labels'", len(splits))
+    return sheet(panels, {"base": 0} | colours, ("dashed: base; dotted: the labels' yes-ratio", f"ring: the yes-ratio is more than {LEANS} points away"),
+                 len(splits))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ from plots import LEANS, STYLE, Line, panel
 MOST, LIMIT = 600, 9_000_000        # questions and bytes of the gallery
 THUMBNAIL = 224                     # pixels a side at most
 WORDS = 12                          # rows of the tables of object words
-MOVES = {(False, True): "wrong → right", (True, False): "right → wrong", (True, True): "right", (False, False): "wrong"}
+MOVES = {(False, True): "wrong → right", (True, False): "right → wrong", (True, True): "right in both",
+         (False, False): "wrong in both"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,9 +127,9 @@ def html_table(header, rows, caption):
 
 
 def signed(value, digits=2):
-    """A difference with its sign, a true minus; nothing where there is none."""
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return f"<small>{text}</small>" if value else ""
+    """A difference with its sign, a true minus; the place stays where there is none."""
+    text = f"{value:+.{digits}f}".replace("-", "−") if value else ""
+    return f"<small>{text}</small>"
 
 
 def metric_tables(metrics, yes_ratios):
@@ -138,8 +139,8 @@ def metric_tables(metrics, yes_ratios):
         columns = [c for c in COLUMNS if all(c in row for row in models.values())]
         first, rows = next(iter(models.values())), []
         for name, row in models.items():
-            leans = " (!)" if abs(row["yes_ratio"] - yes_ratios[split]) > LEANS else ""
-            rows.append([escape(name), *(f"{row[c]:.{digits}f}{leans if c == 'yes_ratio' else ''} {signed(row[c] - first[c], digits)}"
+            leans = "(!) " if abs(row["yes_ratio"] - yes_ratios[split]) > LEANS else ""
+            rows.append([escape(name), *(f"{leans if c == 'yes_ratio' else ''}{row[c]:.{digits}f} {signed(row[c] - first[c], digits)}"
                                          for c in columns for digits in [0 if isinstance(row[c], int) else 2])])
         tables.append(html_table(["model", *(COLUMNS[c] for c in columns)], rows, f"{escape(split)}, labels {yes_ratios[split]:.1f} % yes"))
     return "".join(tables)
@@ -193,9 +194,8 @@ def move_tables(records, models, splits):
             moved = Counter((right(r, 0), right(r, n)) for r in records if split in r["splits"])
             total = moved.total()
             rows.append([escape(split), *(f"{moved[move]:,} <small>{100 * moved[move] / total:.1f} %</small>" for move in MOVES),
-                         signed(moved[False, True] - moved[True, False], 0) or "0"])
-        header = ["split", "wrong → right", "right → wrong", "right in both", "wrong in both", "net gain"]
-        tables.append(html_table(header, rows, f"from {escape(models[0])} to {escape(name)}"))
+                         f"{moved[False, True] - moved[True, False]:+d}".replace("-", "−")])
+        tables.append(html_table(["split", *MOVES.values(), "net gain"], rows, f"from {escape(models[0])} to {escape(name)}"))
     return "".join(tables) or "<p>One model alone: nothing could move.</p>"
 
 
@@ -227,6 +227,11 @@ def picture(preprocess, path):
     if image.width <= THUMBNAIL:
         return data_url(image, "JPEG", quality=90, subsampling=0)
     return data_url(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), "JPEG", quality=70)
+
+
+def bytes_of_maps(count, patches):
+    """The most that maps of so many patches take in the page: PNG of noise, base64, and their maxima."""
+    return count * (1.4 * patches + 40)
 
 
 def choose(records, see, map_bytes):
@@ -279,7 +284,7 @@ def write_report(path, trunk, heads, tokenizer, preprocess, questions, said, met
     records, config = gather(questions, said), trunk.config
     looking = [n for n, head in enumerate(heads.values()) if head.block and head.block.attention == "cross"]
     blocks = [head.block for head in heads.values() if head.block and head.block.attention == "cross"]
-    map_bytes = sum(600 + 1.4 * (1 + b.depth * b.num_attention_heads) * config.vision.num_patches for b in blocks)
+    map_bytes = bytes_of_maps(sum(1 + b.depth * b.num_attention_heads for b in blocks), config.vision.num_patches)
     shown, pictures = choose(records, lambda image: picture(preprocess, os.path.join(image_folder, image)), map_bytes)
     by_image, dataset = open_prompts(config, tokenizer, preprocess, [(r["image"], r["question"]) for r in shown], image_folder, protocol)
     maps = look(trunk, [list(heads.values())[n] for n in looking], dataset, batch_size)
