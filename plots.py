@@ -20,7 +20,8 @@ from html import escape
 
 import numpy as np
 
-from data import InputError, field, read_json, run_program
+from data import InputError, run_program
+from readers import field, read_json
 
 BINS = 200                # points of a line at most
 LEANS = 10                # points between yes-ratio and the labels' from which a model leans to one answer, as in eval_pope.py

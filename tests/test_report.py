@@ -22,10 +22,11 @@ from PIL import Image
 
 import report
 from checkpoint import fingerprint, load_base, save_trained
-from data import SYSTEM_HADPO_EVAL, IMAGE, Example, PackedDataset, read_pope
+from data import IMAGE, SYSTEM_HADPO_EVAL, PackedDataset
 from eval_pope import SPLITS, labels_yes, measure, says_yes
 from model import Head, answer_states
 from post_decoder import VARIANTS
+from readers import Example, read_pope
 from report import choose, gather, hallucinated_words, look, object_word, page, picture, reliability, tiles, write_report
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"> {{data}} & no dog"      # what a model or a folder's name might say
