@@ -280,8 +280,7 @@ def evaluate(args):
     print(f"\nanswers and metrics.json: {folder}")
     if args.report:
         from report import write_report     # which builds on this file
-        write_report(args.report, trunk, heads, tokenizer, preprocess, questions, said, metrics, image_folder, args.protocol,
-                     args.batch_size)
+        write_report(args.report, trunk, heads, tokenizer, preprocess, questions, said, metrics, image_folder, args.protocol)
 
 
 def main():
@@ -298,11 +297,13 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, help="default: the protocol's")
     parser.add_argument("--batch_size", type=int, help="images at once; default: what fits")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--report", metavar="HTML", help="also write a page with tables, charts, answers and attention over the images")
+    parser.add_argument("--report", metavar="HTML", help="also write a page: tables, charts, answers, attention over the images")
     parser.add_argument("--output_dir", help="default: CKPT/pope of the first checkpoint")
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.score) or args.score and not args.pope_path:
         parser.error("name the checkpoints to ask; or without any a file of answers with --score, and --pope_path")
+    if args.score and args.report:
+        parser.error("--report asks the model where it looks, which a file of answers cannot tell; name a checkpoint instead")
     (score_file if args.score else evaluate)(args)
     if dist.is_initialized():
         dist.destroy_process_group()

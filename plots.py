@@ -20,8 +20,8 @@ from html import escape
 
 import numpy as np
 
-from data import InputError, run_program
-from readers import field, read_json
+from post_decoder import VARIANTS, BlockConfig
+from readers import InputError, field, read_json, run_program
 
 BINS = 200                # points of a line at most
 LEANS = 10                # points between yes-ratio and the labels' from which a model leans to one answer, as in eval_pope.py
@@ -115,6 +115,9 @@ def panel(title, lines, x_label="", y_label="", x_range=None, y_range=None, log_
     def y_at(value):
         return at(value, y_low, y_high, HEIGHT - BOTTOM, TOP, log_y)
 
+    def path(points):
+        return "M" + "L".join(f"{x_at(x)} {y_at(y)}" for x, y in points)
+
     def drawable(x, *ys):
         return all(map(math.isfinite, (x, *ys))) and (x > 0 or not log_x) and (min(ys) > 0 or not log_y)
 
@@ -132,20 +135,25 @@ def panel(title, lines, x_label="", y_label="", x_range=None, y_range=None, log_
         colour, points = f"var(--c{line.colour})", [n for n in range(len(line.x)) if drawable(line.x[n], line.y[n])]
         if line.band:
             edge = [n for n in points if drawable(line.x[n], line.band[0][n], line.band[1][n])]
-            ring = [(n, line.band[0][n]) for n in edge] + [(n, line.band[1][n]) for n in reversed(edge)]
-            out.append(f'<path class="band" fill="{colour}" d="M{"L".join(f"{x_at(line.x[n])} {y_at(y)}" for n, y in ring)}Z"/>' if ring else "")
+            around = [(line.x[n], line.band[0][n]) for n in edge] + [(line.x[n], line.band[1][n]) for n in reversed(edge)]
+            out.append(f'<path class="band" fill="{colour}" d="{path(around)}Z"/>' if edge else "")
         if line.joined and len(points) > 1:
-            out.append(f'<path class="line" stroke="{colour}"{" stroke-dasharray=" + chr(34) + "5 3" + chr(34) if line.dashed else ""} '
-                       f'd="M{"L".join(f"{x_at(line.x[n])} {y_at(line.y[n])}" for n in points)}"/>')
+            dashes = ' stroke-dasharray="5 3"' if line.dashed else ""
+            out.append(f'<path class="line" stroke="{colour}"{dashes} d="{path((line.x[n], line.y[n]) for n in points)}"/>')
         for n in points if line.radius else ():
-            where = f'cx="{x_at(line.x[n])}" cy="{y_at(line.y[n])}"'
-            out.append(f'<circle {where} r="{line.radius[n]:.3g}" fill="{colour}"><title>{number(line.x[n])}: {line.y[n]:.4g}</title></circle>')
+            where, said = f'cx="{x_at(line.x[n])}" cy="{y_at(line.y[n])}"', f"{number(line.x[n])}: {line.y[n]:.4g}"
+            out.append(f'<circle {where} r="{line.radius[n]:.3g}" fill="{colour}"><title>{said}</title></circle>')
             if line.ringed and line.ringed[n]:
                 out.append(f'<circle class="ring" stroke="{colour}" {where} r="{line.radius[n] + 3.5:.3g}"/>')
-    out.append(f'<text class="soft" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    out.append(f'<text class="soft" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     out.append(f'<text class="soft" x="{WIDTH - RIGHT}" y="16" text-anchor="end">{escape(y_label)}</text>')
-    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            f'role="img" aria-label="{escape(title)}">{"".join(out)}</svg>')
+    return svg(WIDTH, HEIGHT, "".join(out), f' role="img" aria-label="{escape(title)}"')
+
+
+def svg(width, height, content, attributes=""):
+    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+            f"{attributes}>{content}</svg>")
 
 
 def sheet(panels, names, notes=(), columns=3):
@@ -156,15 +164,16 @@ def sheet(panels, names, notes=(), columns=3):
         needed = 34 + 6.5 * len(name)
         if x > 16 and x + needed > width:
             x, y = 16, y + 18
-        legend.append(f'<path stroke="var(--c{colour})" stroke-width="3" d="M{x} {y - 4}h16"/><text x="{x + 22}" y="{y}">{escape(name)}</text>')
+        legend.append(f'<path stroke="var(--c{colour})" stroke-width="3" d="M{x} {y - 4}h16"/>'
+                      f'<text x="{x + 22}" y="{y}">{escape(name)}</text>')
         x += needed
     top = y + 14
     height = top + math.ceil(len(panels) / columns) * HEIGHT + 16 * len(notes) + 8
-    placed = [p.replace("<svg ", f'<svg x="{n % columns * WIDTH}" y="{top + n // columns * HEIGHT}" ', 1) for n, p in enumerate(panels)]
-    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
-            f'<style>{STYLE}</style><rect width="{width}" height="{height}" fill="var(--paper)"/>{"".join(legend)}{"".join(placed)}'
-            + "".join(f'<text class="soft" x="16" y="{height - 16 * n - 8}">{escape(note)}</text>' for n, note in enumerate(reversed(notes)))
-            + "</svg>\n")
+    placed = [p.replace("<svg ", f'<svg x="{n % columns * WIDTH}" y="{top + n // columns * HEIGHT}" ', 1)
+              for n, p in enumerate(panels)]
+    below = [f'<text class="soft" x="16" y="{height - 16 * n - 8}">{escape(note)}</text>' for n, note in enumerate(reversed(notes))]
+    paper = f'<style>{STYLE}</style><rect width="{width}" height="{height}" fill="var(--paper)"/>'
+    return svg(width, height, "".join([paper, *legend, *placed, *below])) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,10 +244,13 @@ def read_sweep(paths):
 
 
 def variant(folder):
-    """A checkpoint's folder → name of its block's variant, learning rate."""
+    """A checkpoint's folder → name of its block's variant, learning rate. --init may have brought another block than --block says."""
     path = os.path.join(folder, "config.json")
-    arguments = field(read_json(path, dict), "arguments", dict, path, 0)
-    return arguments.get("block", "full"), float(field(arguments, "learning_rate", (int, float), path, 0))
+    config = read_json(path, dict)
+    rate = field(field(config, "arguments", dict, path, 0), "learning_rate", (int, float), path, 0)
+    parts, whole = ("attention", "align", "image_source"), config.get("block")
+    names = {tuple((vars(BlockConfig()) | changes)[p] for p in parts): name for name, changes in VARIANTS.items()}
+    return names.get(tuple(whole.get(p) for p in parts), "another block") if whole else "head", float(rate)
 
 
 def labels_yes(numbers):
@@ -266,16 +278,16 @@ def draw_sweep(paths):
                 low, high = span(rates, log=True)
                 lines.append(Line([low, high], [base, base], 0, dashed=True))
             for name in variants:
-                runs = sorted(((rate, numbers[metric], leans(numbers)) for n, rate, numbers in rows if n == name), key=lambda r: r[0])
+                runs = sorted((rate, numbers[metric], leans(numbers)) for n, rate, numbers in rows if n == name)
                 means = {rate: np.mean([y for r, y, _ in runs if r == rate]) for rate, _, _ in runs}
                 lines.append(Line(list(means), list(means.values()), colours[name]))
-                lines.append(Line([r for r, _, _ in runs], [y for _, y, _ in runs], colours[name], joined=False, radius=[3.5] * len(runs),
-                                  ringed=[ring for _, _, ring in runs]))
+                x, y, ringed = (list(values) for values in zip(*runs))
+                lines.append(Line(x, y, colours[name], radius=[3.5] * len(runs), ringed=ringed, joined=False))
             guides = [labels_yes(rows[0][2])] if metric == "yes_ratio" else []
-            panels.append(panel(f"{split}: {metric.replace('_', ' ')}", lines, "learning rate", "%", span(rates, log=True), log_x=True,
-                                guides=guides))
-    return sheet(panels, {"base": 0} | colours, ("dashed: base; dotted: the labels' yes-ratio", f"ring: the yes-ratio is more than {LEANS} points away"),
-                 len(splits))
+            title = f"{split}: {metric.replace('_', ' ')}"
+            panels.append(panel(title, lines, "learning rate", "%", span(rates, log=True), log_x=True, guides=guides))
+    notes = "dashed: base; dotted: the labels' yes-ratio", f"ring: the yes-ratio is more than {LEANS} points away"
+    return sheet(panels, {"base": 0} | colours, notes, len(splits))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +301,7 @@ def main():
     args = parser.parse_args()
     kinds = {os.path.splitext(path)[1] for path in args.files}
     if kinds not in ({".jsonl"}, {".json"}):
-        raise InputError(f"{', '.join(args.files)}: either metrics.jsonl of runs or metrics.json of evaluations, not both and nothing else")
+        raise InputError(f"{', '.join(args.files)}: name either metrics.jsonl of runs or metrics.json of evaluations, not both")
     picture = (draw_training if kinds == {".jsonl"} else draw_sweep)(args.files)
     try:
         with open(args.output, "w", encoding="utf-8") as file:

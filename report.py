@@ -36,6 +36,7 @@ from plots import LEANS, STYLE, Line, panel
 
 MOST, LIMIT = 600, 9_000_000        # questions and bytes of the gallery
 THUMBNAIL = 224                     # pixels a side at most
+ROWS = 8                            # images of the attention pass at once; it keeps no cache and needs less than answering did
 WORDS = 12                          # rows of the tables of object words
 MOVES = {(False, True): "wrong → right", (True, False): "right → wrong", (True, True): "right in both",
          (False, False): "wrong in both"}
@@ -63,8 +64,8 @@ def gather(questions, said):
             if key not in records:
                 answers = [{"text": text, "yes": says_yes(text), "probability": (1 + math.tanh(score / 2)) / 2}
                            for text, score in (model[key] for model in said.values())]
-                records[key] = {"image": q["image"], "question": q["text"], "word": object_word(q["text"]), "yes": q["label"] == "yes",
-                                "splits": [], "answers": answers}
+                records[key] = {"image": q["image"], "question": q["text"], "word": object_word(q["text"]),
+                                "yes": q["label"] == "yes", "splits": [], "answers": answers}
             if split not in records[key]["splits"]:
                 records[key]["splits"].append(split)
     return list(records.values())
@@ -139,10 +140,14 @@ def metric_tables(metrics, yes_ratios):
         columns = [c for c in COLUMNS if all(c in row for row in models.values())]
         first, rows = next(iter(models.values())), []
         for name, row in models.items():
-            leans = "(!) " if abs(row["yes_ratio"] - yes_ratios[split]) > LEANS else ""
-            rows.append([escape(name), *(f"{leans if c == 'yes_ratio' else ''}{row[c]:.{digits}f} {signed(row[c] - first[c], digits)}"
-                                         for c in columns for digits in [0 if isinstance(row[c], int) else 2])])
-        tables.append(html_table(["model", *(COLUMNS[c] for c in columns)], rows, f"{escape(split)}, labels {yes_ratios[split]:.1f} % yes"))
+            cells = []
+            for c in columns:
+                digits, leans = 0 if isinstance(row[c], int) else 2, abs(row["yes_ratio"] - yes_ratios[split]) > LEANS
+                mark = "(!) " if c == "yes_ratio" and leans else ""
+                cells.append(f"{mark}{row[c]:.{digits}f} {signed(row[c] - first[c], digits)}")
+            rows.append([escape(name), *cells])
+        caption = f"{escape(split)}, labels {yes_ratios[split]:.1f} % yes"
+        tables.append(html_table(["model", *(COLUMNS[c] for c in columns)], rows, caption))
     return "".join(tables)
 
 
@@ -202,11 +207,13 @@ def move_tables(records, models, splits):
 def word_tables(records, models):
     tables = []
     for n, name in enumerate(models):
-        rows = [[escape(word), f'{wrong} of {asked}<span class="share" style="--share:{wrong / asked:.3f}"></span>',
-                 ", ".join(f"{escape(other)} <small>{k} (expected {expected:.1f})</small>" for other, k, expected in companions) or "–"]
-                for word, wrong, asked, companions in hallucinated_words(records, n)[:WORDS]]
-        tables.append(html_table(["object", "false yes, of the questions where it is absent", "more often beside it than expected"], rows,
-                                 f"{escape(name)}"))
+        rows = []
+        for word, wrong, asked, companions in hallucinated_words(records, n)[:WORDS]:
+            beside = ", ".join(f"{escape(other)} <small>{k} (expected {chance:.1f})</small>" for other, k, chance in companions)
+            bar = f'<span class="share" style="--share:{wrong / asked:.3f}"></span>'
+            rows.append([escape(word), f"{wrong} of {asked}{bar}", beside or "–"])
+        header = ["object", "false yes, of the questions where it is absent", "more often beside it than expected"]
+        tables.append(html_table(header, rows, escape(name)))
     return f'<div class="words">{"".join(tables)}</div>'
 
 
@@ -235,7 +242,7 @@ def bytes_of_maps(count, patches):
 
 
 def choose(records, see, map_bytes):
-    """Which records are shown → records, {image: data URL}. `see(image)` gives the URL, `map_bytes` is what the maps of one take."""
+    """Which records are shown → records, {image: data URL}. `see(image)` gives the URL, `map_bytes` is what a record's maps take."""
     order = random.Random(0).sample(records, len(records))
     models = range(len(records[0]["answers"]))
     telling, others = [], []
@@ -254,11 +261,11 @@ def choose(records, see, map_bytes):
 
 
 @torch.inference_mode()
-def look(trunk, heads, dataset, batch_size):
+def look(trunk, heads, dataset):
     """Where each head's block looks when the answer begins → per head [(branches, attention heads, patches) of each row]."""
     parameter, maps = next(trunk.parameters()), [[] for _ in heads]
-    for start in tqdm(range(0, len(dataset), batch_size), "attention", unit="batch", leave=False, disable=not heads):
-        batch = dataset[range(start, min(start + batch_size, len(dataset)))].to(parameter.device, parameter.dtype)
+    for start in tqdm(range(0, len(dataset) if heads else 0, ROWS), "attention", unit="batch", leave=False, disable=not heads):
+        batch = dataset[range(start, min(start + ROWS, len(dataset)))].to(parameter.device, parameter.dtype)
         hidden, features = trunk(batch)
         for found, head in zip(maps, heads):
             h, context, _ = answer_states(head, hidden, trunk.image_context(head.block, features), batch, batch.ends.clamp(min=0))
@@ -271,7 +278,7 @@ def tiles(maps):
     """Attention (H, P) → PNG of 1 + H squares side by side, the heads' mean first, each scaled to its maximum; the maxima."""
     maps = np.concatenate((maps.mean(0, keepdims=True), maps))
     top, side = maps.max(1), math.isqrt(maps.shape[1])
-    grey = (255 * maps / top[:, None]).round().astype(np.uint8).reshape(-1, side, side)                         # (1 + H, side, side)
+    grey = (255 * maps / top[:, None]).round().astype(np.uint8).reshape(-1, side, side)                 # (1 + H, side, side)
     return {"map": data_url(Image.fromarray(np.concatenate(grey, axis=1)), "PNG"), "top": [round(float(t), 4) for t in top]}
 
 
@@ -279,16 +286,16 @@ def tiles(maps):
 # The page
 
 
-def write_report(path, trunk, heads, tokenizer, preprocess, questions, said, metrics, image_folder, protocol, batch_size):
+def write_report(path, trunk, heads, tokenizer, preprocess, questions, said, metrics, image_folder, protocol):
     """Writes the page. `heads`, `said`, `metrics`, `questions`: as eval_pope.py has them; `said` has a yes-score everywhere."""
     records, config = gather(questions, said), trunk.config
-    looking = [n for n, head in enumerate(heads.values()) if head.block and head.block.attention == "cross"]
-    blocks = [head.block for head in heads.values() if head.block and head.block.attention == "cross"]
-    map_bytes = bytes_of_maps(sum(1 + b.depth * b.num_attention_heads for b in blocks), config.vision.num_patches)
+    blocks = {n: head.block for n, head in enumerate(heads.values()) if head.block and head.block.attention == "cross"}
+    map_bytes = bytes_of_maps(sum(1 + b.depth * b.num_attention_heads for b in blocks.values()), config.vision.num_patches)
     shown, pictures = choose(records, lambda image: picture(preprocess, os.path.join(image_folder, image)), map_bytes)
-    by_image, dataset = open_prompts(config, tokenizer, preprocess, [(r["image"], r["question"]) for r in shown], image_folder, protocol)
-    maps = look(trunk, [list(heads.values())[n] for n in looking], dataset, batch_size)
-    attention = {(image, text): {n: tiles(maps[k][i][b]) for k, n in enumerate(looking)}
+    asked = [(r["image"], r["question"]) for r in shown]
+    by_image, dataset = open_prompts(config, tokenizer, preprocess, asked, image_folder, protocol)
+    maps = look(trunk, [list(heads.values())[n] for n in blocks], dataset)
+    attention = {(image, text): {n: tiles(found[i][b]) for n, found in zip(blocks, maps)}
                  for i, (image, texts) in enumerate(by_image.items()) for b, text in enumerate(texts)}
     with open(path, "w", encoding="utf-8") as file:
         file.write(page(records, shown, pictures, attention, questions, metrics, protocol, config.vision.num_patches))
@@ -297,9 +304,10 @@ def write_report(path, trunk, heads, tokenizer, preprocess, questions, said, met
 
 def page(records, shown, pictures, attention, questions, metrics, protocol, patches):
     """The page's text. `attention`: {(image, question): {model's number: tiles}}, may lack any."""
-    models, yes_ratios, names = list(next(iter(metrics.values()))), labels_yes(questions), list(pictures)
+    models, yes_ratios, place = list(next(iter(metrics.values()))), labels_yes(questions), {name: n for n, name in enumerate(pictures)}
     gallery = {"models": models, "splits": list(questions), "patches": patches, "pictures": list(pictures.values()),
-               "questions": [r | {"picture": names.index(r["image"]), "attention": attention.get((r["image"], r["question"]), {})} for r in shown]}
+               "questions": [r | {"picture": place[r["image"]], "attention": attention.get((r["image"], r["question"]), {})}
+                             for r in shown]}
     parts = {
         "title": escape(" and ".join(models[1:] or models)),
         "summary": f"{len(records):,} distinct questions about {len({r['image'] for r in records}):,} images; models "

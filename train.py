@@ -286,8 +286,8 @@ def parse(argv=None):
                        "or bf16 on a GPU and fp32 on a CPU")
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, global batch 128")
     group.add_argument("--logging_steps", type=int, default=1)
-    group.add_argument("--plot", nargs="+", default=[], metavar="METRICS", help="metrics.jsonl of other runs, drawn beside this one's in "
-                       "OUTPUT_DIR/training.svg")
+    group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
+                       help="metrics.jsonl of other runs, drawn with this one's in OUTPUT_DIR/training.svg")
     group.add_argument("--dataloader_num_workers", type=int, default=spare_cores(), help="processes that prepare batches")
     group.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)      # set by the launcher
     for name in ("tiny_sizes", "tiny_tower"):

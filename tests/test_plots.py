@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, largest_difference, shell, succeeds
 
-from data import InputError
+import plots
 from plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, binned, draw_sweep, draw_training, leans, number, panel, ticks
+from post_decoder import VARIANTS, BlockConfig
+from readers import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
 # The training notes' runs of the block on HA-DPO's data, popular split: learning rate, accuracy, precision, recall, yes ratio.
@@ -114,7 +116,8 @@ def write_sweep(folder, seeds=1, shift=0.):
             for seed in range(seeds):
                 name = f"{variant}-{rate:g}-{seed}"
                 (folder / name).mkdir(parents=True)
-                (folder / name / "config.json").write_text(json.dumps({"block": {}, "arguments": {"block": variant, "learning_rate": rate}}))
+                (folder / name / "config.json").write_text(json.dumps({
+                    "block": vars(BlockConfig(**VARIANTS[variant])), "arguments": {"block": "full", "learning_rate": rate}}))
                 checkpoints[name] = str(folder / name)
                 tp = round(15 * recall)
                 fp = round(30 * yes_ratio) - tp
@@ -135,6 +138,15 @@ def test_sweep_shows_the_collapse(tmp_path):
         assert float(rings[0].get("cx")) == max(float(c.get("cx")) for c in dots)                          # the highest rate,
         assert float(rings[0].get("cy")) == max(float(c.get("cy")) for c in dots)                          # and the lowest point
         assert [p.get("stroke-dasharray") is not None for p in inner.iter(SVG + "path") if p.get("class") == "line"] == [True, False, False]
+
+
+def test_variants_are_known_by_their_blocks(tmp_path):
+    """Every variant, the head alone, and a block that none of our names fits."""
+    blocks = {name: vars(BlockConfig(**changes)) for name, changes in VARIANTS.items()}
+    blocks |= {"head": None, "another block": vars(BlockConfig(attention="self", align="linear"))}
+    for name, block in blocks.items():
+        (tmp_path / "config.json").write_text(json.dumps({"block": block, "arguments": {"learning_rate": 1e-6}}))
+        assert plots.variant(str(tmp_path)) == (name, 1e-6)
 
 
 def test_seeds_of_a_sweep(tmp_path):

@@ -22,11 +22,11 @@ from PIL import Image
 
 import report
 from checkpoint import fingerprint, load_base, save_trained
-from data import IMAGE, SYSTEM_HADPO_EVAL, PackedDataset
+from data import SYSTEM_HADPO_EVAL, PackedDataset
 from eval_pope import SPLITS, labels_yes, measure, says_yes
 from model import Head, answer_states
 from post_decoder import VARIANTS
-from readers import Example, read_pope
+from readers import IMAGE, Example, read_pope
 from report import choose, gather, hallucinated_words, look, object_word, page, picture, reliability, tiles, write_report
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"> {{data}} & no dog"      # what a model or a folder's name might say
@@ -48,7 +48,7 @@ def made(world, tmp_path_factory):
                    for key, label in distinct.items()} for name in heads}
     metrics = {split: {name: measure(rows, said[name], split) for name in heads} for split, rows in questions.items()}
     path, images = str(tmp_path_factory.mktemp("report") / "report.html"), os.path.join(world.coco, "val2014")
-    write_report(path, trunk, heads, tokenizer, preprocess, questions, said, metrics, images, "hadpo", 4)
+    write_report(path, trunk, heads, tokenizer, preprocess, questions, said, metrics, images, "hadpo")
     with open(path, encoding="utf-8") as file:
         text = file.read()
     gallery = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
