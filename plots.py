@@ -152,8 +152,8 @@ def panel(title, lines, x_label="", y_label="", x_range=None, y_range=None, log_
 
 
 def svg(width, height, content, attributes=""):
-    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-            f"{attributes}>{content}</svg>")
+    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}"{attributes}>{content}</svg>')
 
 
 def sheet(panels, names, notes=(), columns=3):
@@ -244,7 +244,7 @@ def read_sweep(paths):
 
 
 def variant(folder):
-    """A checkpoint's folder → name of its block's variant, learning rate. --init may have brought another block than --block says."""
+    """A checkpoint's folder → name of its block's variant (--init may have brought another than --block says), learning rate."""
     path = os.path.join(folder, "config.json")
     config = read_json(path, dict)
     rate = field(field(config, "arguments", dict, path, 0), "learning_rate", (int, float), path, 0)

@@ -242,7 +242,7 @@ def bytes_of_maps(count, patches):
 
 
 def choose(records, see, map_bytes):
-    """Which records are shown → records, {image: data URL}. `see(image)` gives the URL, `map_bytes` is what a record's maps take."""
+    """Which records are shown → records, {image: data URL}. `see(image)` gives the URL; a record's maps take `map_bytes`."""
     order = random.Random(0).sample(records, len(records))
     models = range(len(records[0]["answers"]))
     telling, others = [], []
@@ -304,7 +304,8 @@ def write_report(path, trunk, heads, tokenizer, preprocess, questions, said, met
 
 def page(records, shown, pictures, attention, questions, metrics, protocol, patches):
     """The page's text. `attention`: {(image, question): {model's number: tiles}}, may lack any."""
-    models, yes_ratios, place = list(next(iter(metrics.values()))), labels_yes(questions), {name: n for n, name in enumerate(pictures)}
+    models, yes_ratios = list(next(iter(metrics.values()))), labels_yes(questions)
+    place = {image: n for n, image in enumerate(pictures)}
     gallery = {"models": models, "splits": list(questions), "patches": patches, "pictures": list(pictures.values()),
                "questions": [r | {"picture": place[r["image"]], "attention": attention.get((r["image"], r["question"]), {})}
                              for r in shown]}

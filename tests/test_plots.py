@@ -7,7 +7,7 @@ import xml.etree.ElementTree as xml
 
 import numpy as np
 import pytest
-from conftest import ROOT, largest_difference, shell, succeeds
+from conftest import ROOT, dpo_flags, largest_difference, shell, succeeds
 
 import plots
 from plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, binned, draw_sweep, draw_training, leans, number, panel, ticks
@@ -17,7 +17,8 @@ from readers import InputError
 SVG = "{http://www.w3.org/2000/svg}"
 # The training notes' runs of the block on HA-DPO's data, popular split: learning rate, accuracy, precision, recall, yes ratio.
 NOTES = {"full": [(2e-7, 87.43, 86.30, 89.00, 51.57), (5e-7, 87.23, 85.87, 89.13, 51.90), (2e-6, 83.83, 97.48, 69.47, 35.63)],
-         "align_after_align": [(2e-7, 86.27, 83.25, 90.80, 54.53), (5e-7, 87.33, 86.08, 89.07, 51.73), (1e-6, 87.83, 90.33, 84.73, 46.90)]}
+         "align_after_align": [(2e-7, 86.27, 83.25, 90.80, 54.53), (5e-7, 87.33, 86.08, 89.07, 51.73),
+                               (1e-6, 87.83, 90.33, 84.73, 46.90)]}
 
 
 def path_points(path):
@@ -34,8 +35,9 @@ def panels(svg):
 
 
 @pytest.mark.parametrize("low, high, log, expected", [
-    (0, 1, False, [0, .2, .4, .6, .8, 1]), (-0.06, 1.06, False, [0, .5, 1]), (-41, 1, False, [-40, -30, -20, -10, 0]), (0, 1672, False, [0, 500, 1000, 1500]),
-    (1e-7, 1e-5, True, [1e-7, 2e-7, 5e-7, 1e-6, 2e-6, 5e-6, 1e-5]), (.01, 300, True, [.01, .1, 1, 10, 100]), (1e-12, 1, True, None), (3, 3.001, False, None)])
+    (0, 1, False, [0, .2, .4, .6, .8, 1]), (-0.06, 1.06, False, [0, .5, 1]), (-41, 1, False, [-40, -30, -20, -10, 0]),
+    (0, 1672, False, [0, 500, 1000, 1500]), (1e-7, 1e-5, True, [1e-7, 2e-7, 5e-7, 1e-6, 2e-6, 5e-6, 1e-5]),
+    (.01, 300, True, [.01, .1, 1, 10, 100]), (1e-12, 1, True, None), (3, 3.001, False, None)])
 def test_ticks(low, high, log, expected):
     found = ticks(low, high, log)
     assert expected is None or np.allclose(found, expected)
@@ -50,8 +52,8 @@ def test_numbers_as_they_are_typed():
 @pytest.mark.parametrize("log", [False, True])
 def test_points_stand_where_the_numbers_say(log):
     x, y = [1e-7, 1e-6, 1e-4], [2., 30., 5.]
-    drawn = xml.fromstring(panel("a < b", [Line(x, y, radius=[3, 3, 3], ringed=[False, True, False])], x_range=(1e-7, 1e-4), y_range=(1, 100), log_x=log,
-                                 log_y=log))
+    points = Line(x, y, radius=[3, 3, 3], ringed=[False, True, False])
+    drawn = xml.fromstring(panel("a < b", [points], x_range=(1e-7, 1e-4), y_range=(1, 100), log_x=log, log_y=log))
     f = np.log10 if log else np.array
     at = [LEFT + (WIDTH - RIGHT - LEFT) * (f(x) - f(1e-7)) / (f(1e-4) - f(1e-7)),
           HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (f(y) - f(1)) / (f(100) - f(1))]
@@ -74,8 +76,9 @@ def test_what_cannot_be_drawn_is_left_out():
 def write_run(folder, steps, seed=0, **changes):
     rng = np.random.default_rng(seed)
     folder.mkdir()
-    rows = [{"step": n + 1, "loss": .69 * math.exp(-n / steps) + .01 * rng.standard_normal(), "rewards/margin": n / steps, "rewards/accuracy": .5,
-             "logps/chosen": -1., "logps/rejected": -1. - n, "grad_norm": 1 + rng.random(), "learning_rate": 1e-3 * (1 - n / steps)} for n in range(steps)]
+    rows = [{"step": n + 1, "loss": .69 * math.exp(-n / steps) + .01 * rng.standard_normal(), "rewards/margin": n / steps,
+             "rewards/accuracy": .5, "logps/chosen": -1., "logps/rejected": -1. - n, "grad_norm": 1 + rng.random(),
+             "learning_rate": 1e-3 * (1 - n / steps)} for n in range(steps)]
     path = folder / "metrics.jsonl"
     path.write_text("".join(json.dumps(row | changes) + "\n" for row in rows))
     return str(path), rows
@@ -90,7 +93,8 @@ def test_training(tmp_path):
     svg = draw_training([long, short, long])
     assert len(svg) < 150_000 and "a &amp; b" in svg and svg.count("long</text>") == 1
     found = panels(svg)
-    assert list(found) == ["loss", "reward margin", "reward accuracy", "log-probability: chosen —, rejected - -", "gradient norm", "learning rate"]
+    assert list(found) == ["loss", "reward margin", "reward accuracy", "log-probability: chosen —, rejected - -", "gradient norm",
+                           "learning rate"]
     for title, inner in found.items():
         lines = [p for p in inner.iter(SVG + "path") if p.get("class") == "line"]
         assert len(lines) == (4 if "chosen" in title else 2)
@@ -121,9 +125,10 @@ def write_sweep(folder, seeds=1, shift=0.):
                 checkpoints[name] = str(folder / name)
                 tp = round(15 * recall)
                 fp = round(30 * yes_ratio) - tp
-                models[name] = dict(accuracy=accuracy + seed * shift, precision=precision, recall=recall, f1=87., yes_ratio=yes_ratio, tp=tp, fp=fp,
-                                    tn=1500 - fp, fn=1500 - tp)
-    (folder / "metrics.json").write_text(json.dumps({"protocol": "hadpo", "checkpoints": checkpoints, "metrics": {"popular": models}}))
+                models[name] = dict(accuracy=accuracy + seed * shift, precision=precision, recall=recall, f1=87.,
+                                    yes_ratio=yes_ratio, tp=tp, fp=fp, tn=1500 - fp, fn=1500 - tp)
+    content = {"protocol": "hadpo", "checkpoints": checkpoints, "metrics": {"popular": models}}
+    (folder / "metrics.json").write_text(json.dumps(content))
     return str(folder / "metrics.json")
 
 
@@ -137,7 +142,8 @@ def test_sweep_shows_the_collapse(tmp_path):
         assert len(dots) == 6 and len(rings) == 1
         assert float(rings[0].get("cx")) == max(float(c.get("cx")) for c in dots)                          # the highest rate,
         assert float(rings[0].get("cy")) == max(float(c.get("cy")) for c in dots)                          # and the lowest point
-        assert [p.get("stroke-dasharray") is not None for p in inner.iter(SVG + "path") if p.get("class") == "line"] == [True, False, False]
+        dashed = [p.get("stroke-dasharray") is not None for p in inner.iter(SVG + "path") if p.get("class") == "line"]
+        assert dashed == [True, False, False]
 
 
 def test_variants_are_known_by_their_blocks(tmp_path):
@@ -163,10 +169,13 @@ def test_leaning_is_measured_against_the_labels():
     assert not leans(dict(yes_ratio=85., tp=80, fn=0, fp=5, tn=15)) and leans(dict(yes_ratio=50., tp=50, fn=30, fp=0, tn=20))
 
 
-MISTAKES = {"no such file": (None, ".jsonl"), "holds no step": ("", ".jsonl"), "'loss' should be": ('{"step": 1, "loss": "low"}', ".jsonl"),
+MISTAKES = {"no such file": (None, ".jsonl"), "holds no step": ("", ".jsonl"),
+            "'loss' should be": ('{"step": 1, "loss": "low"}', ".jsonl"),
             "'step' should be": ('{"loss": 1.0}', ".jsonl"), "not readable as JSON": ('{"step": 1, "lo', ".jsonl"),
-            "holds no metrics": ("{}", ".json"), "knows no trained checkpoint": ('{"metrics": {"random": {"base": {"accuracy": 1}}}}', ".json"),
-            "nowhere/config.json.*no such file": ('{"checkpoints": {"a": "nowhere"}, "metrics": {"random": {"a": {"accuracy": 1}}}}', ".json")}
+            "holds no metrics": ("{}", ".json"),
+            "knows no trained checkpoint": ('{"metrics": {"random": {"base": {"accuracy": 1}}}}', ".json"),
+            "nowhere/config.json.*no such file":
+                ('{"checkpoints": {"a": "nowhere"}, "metrics": {"random": {"a": {"accuracy": 1}}}}', ".json")}
 
 
 @pytest.mark.parametrize("message", MISTAKES)
@@ -192,3 +201,16 @@ def test_typed_by_a_user(tmp_path):
         done = shell("python", program, *wrong, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "x.svg").exists()
+
+
+def test_training_draws_itself(world, tmp_path):
+    """A run leaves its picture, with the runs named by --plot beside it; what cannot be drawn is said before it begins."""
+    other, _ = write_run(tmp_path / "other", 4)
+    command = ["python", os.path.join(ROOT, "train.py"), "--stage", 1, *dpo_flags(world), "--max_steps", 2, "--output_dir", "mine", "--plot"]
+    done = shell(*command, "nowhere.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and "error: nowhere.jsonl: no such file" in done.stderr and not (tmp_path / "mine").exists()
+    succeeds(*command, other, cwd=tmp_path)
+    svg = (tmp_path / "mine" / "training.svg").read_text()
+    assert ">mine</text>" in svg and ">other</text>" in svg
+    lines = [p for p in panels(svg)["reward margin"].iter(SVG + "path") if p.get("class") == "line"]
+    assert [len(path_points(line)) for line in lines] == [2, 4]

@@ -44,16 +44,17 @@ def made(world, tmp_path_factory):
             heads[name].post_interaction_block.blocks[0].cross_attn.q_proj.weight.mul_(10)                 # it prefers some patches
     questions = {split: read_pope(world.pope, split) for split in SPLITS.values()}
     distinct = {(q["image"], q["text"]): q["label"] for rows in questions.values() for q in rows}
-    said = {name: {key: (rng.choice(["Yes, there is.", "No, there is not.", f"Yes {EVIL}"]), rng.gauss(3 if label == "yes" else -1, 3))
-                   for key, label in distinct.items()} for name in heads}
+    answers = "Yes, there is.", "No, there is not.", f"Yes {EVIL}"
+    said = {name: {key: (rng.choice(answers), rng.gauss(3 if label == "yes" else -1, 3)) for key, label in distinct.items()}
+            for name in heads}
     metrics = {split: {name: measure(rows, said[name], split) for name in heads} for split, rows in questions.items()}
     path, images = str(tmp_path_factory.mktemp("report") / "report.html"), os.path.join(world.coco, "val2014")
     write_report(path, trunk, heads, tokenizer, preprocess, questions, said, metrics, images, "hadpo")
     with open(path, encoding="utf-8") as file:
         text = file.read()
     gallery = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
-    return Namespace(path=path, text=text, gallery=gallery, trunk=trunk, heads=heads, tokenizer=tokenizer, preprocess=preprocess, images=images,
-                     questions=questions, said=said, metrics=metrics, distinct=distinct)
+    return Namespace(path=path, text=text, gallery=gallery, trunk=trunk, heads=heads, tokenizer=tokenizer, preprocess=preprocess,
+                     images=images, questions=questions, said=said, metrics=metrics, distinct=distinct)
 
 
 def pixels(url):
@@ -66,7 +67,8 @@ def pixels(url):
 
 
 def test_object_words():
-    assert object_word("Is there a wine glass in the image?") == "wine glass" and object_word("Is there an oven in the imange?") == "oven"
+    assert object_word("Is there a wine glass in the image?") == "wine glass"
+    assert object_word("Is there an oven in the imange?") == "oven"
     assert object_word("Can you see it?") == "Can you see it?"
 
 
@@ -89,7 +91,8 @@ def test_moves_and_differences(made):
         for split, rows in made.questions.items():
             counts = dict.fromkeys(((False, True), (True, False), (True, True), (False, False)), 0)
             for q in rows:
-                counts[tuple(says_yes(made.said[m][q["image"], q["text"]][0]) == (q["label"] == "yes") for m in ("base", name))] += 1
+                key, yes = (q["image"], q["text"]), q["label"] == "yes"
+                counts[tuple(says_yes(made.said[model][key][0]) == yes for model in ("base", name))] += 1
             cells = "".join(f"<td>{n} <small>{100 * n / len(rows):.1f} %</small></td>" for n in counts.values())
             gain = counts[False, True] - counts[True, False]
             table = made.text.split(f"<caption>from base to {escape(name)}</caption>")[1].split("</table>")[0]
@@ -108,7 +111,8 @@ def test_hallucinated_words():
     """Dogs are seen wherever a leash is: its count, its share and its companion, against what chance would give."""
     records = [record(f"{i}", "leash" if i < 4 else "tree", True, .9) for i in range(8)]
     records += [record(f"{i}", "grass", True, .1) for i in range(8)]
-    records += [record(f"{i}", "dog", False, .9 if i < 3 else .1) for i in range(8)] + [record("7", "cat", False, .8), record("0", "car", False, .2)]
+    records += [record(f"{i}", "dog", False, .9 if i < 3 else .1) for i in range(8)]
+    records += [record("7", "cat", False, .8), record("0", "car", False, .2)]
     assert hallucinated_words(records, 0) == [("dog", 3, 8, [("leash", 3, 1.5)]), ("cat", 1, 1, [])]
 
 
@@ -134,21 +138,23 @@ def test_maps_are_those_of_the_question_alone(made):
     worst, config, peaks = 0, made.trunk.config, []
     for q in random.Random(0).sample(made.gallery["questions"], 8):
         assert set(q["attention"]) == {"1", "3"}                                 # base and plain have no cross-attention
-        prompt = [[(f"{IMAGE}\n{q['question']}", None)]]
-        batch = PackedDataset([Example(os.path.join(made.images, q["image"]), prompt)], made.tokenizer, made.preprocess, config.vision.num_patches,
-                              config.max_length, SYSTEM_HADPO_EVAL)[[0]]
+        alone = Example(os.path.join(made.images, q["image"]), [[(f"{IMAGE}\n{q['question']}", None)]])
+        batch = PackedDataset([alone], made.tokenizer, made.preprocess, config.vision.num_patches, config.max_length,
+                              SYSTEM_HADPO_EVAL)[[0]]
         hidden, features = made.trunk(batch)
         for n, head in enumerate(made.heads.values()):
             if str(n) not in q["attention"]:
                 continue
-            h, context, _ = answer_states(head, hidden[:, -1:], made.trunk.image_context(head.block, features), batch, torch.tensor([[0]]))
+            context = made.trunk.image_context(head.block, features)
+            h, context, _ = answer_states(head, hidden[:, -1:], context, batch, torch.tensor([[0]]))
             weights = head.post_interaction_block.attention_weights(h, context)[0, :, 0].numpy()           # (H, P)
             weights = np.concatenate((weights.mean(0, keepdims=True), weights))
             attention = q["attention"][str(n)]
             strip = pixels(attention["map"]).astype(float) / 255                 # (3, 5 · 3): mean and four heads of 9 patches
             assert strip.shape == (3, 15) and strip.max() == 1
             ours = strip.reshape(3, 5, 3).transpose(1, 0, 2).reshape(5, 9) * np.array(attention["top"])[:, None]
-            worst = max(worst, largest_difference(q["question"], ours / weights.max(1, keepdims=True), weights / weights.max(1, keepdims=True)))
+            most = weights.max(1, keepdims=True)
+            worst = max(worst, largest_difference(q["question"], ours / most, weights / most))
             peaks.append(weights.max())
     assert worst < 0.5 / 255 + 1e-3 and np.mean(peaks) > 0.3                     # half a step of grey, four digits of the maximum
 
@@ -157,7 +163,8 @@ def test_pictures_are_what_the_model_sees(made, tmp_path):
     """Padded to a square with CLIP's mean colour, the patches' grid upon it."""
     Image.new("RGB", (100, 50), (250, 0, 0)).save(tmp_path / "wide.png")
     seen = pixels(picture(made.preprocess, str(tmp_path / "wide.png"))).astype(float)
-    assert seen.shape == (24, 24, 3) and np.abs(seen[12, 12] - (250, 0, 0)).max() < 12 and np.abs(seen[1, 12] - (122, 116, 104)).max() < 12
+    assert seen.shape == (24, 24, 3)
+    assert np.abs(seen[12, 12] - (250, 0, 0)).max() < 12 and np.abs(seen[1, 12] - (122, 116, 104)).max() < 12
     q = made.gallery["questions"][0]
     assert pixels(made.gallery["pictures"][q["picture"]]).shape == (24, 24, 3)
 
@@ -221,12 +228,13 @@ def test_full_size_stays_below_ten_megabytes(tmp_path, made):
     for rows in questions.values():
         for q in rows:
             q["label"] = labels[q["image"], q["text"]]
-    said = {model: {key: (random_.choice(["Yes, ", "No, "]) + "there may be something of that kind in the image.", random_.gauss(0, 3)) for key in labels}
-            for model in ("base", "one", "two")}
+    said = {model: {key: (random_.choice(["Yes, ", "No, "]) + "there may be something of that kind in it.", random_.gauss(0, 3))
+                    for key in labels} for model in ("base", "one", "two")}
     metrics = {split: {model: measure(rows, said[model], split) for model in said} for split, rows in questions.items()}
     records = gather(questions, said)
     assert len(records) > 7500
-    shown, pictures = choose(records, lambda image: picture(preprocess, str(tmp_path / f"{int(image[:-4]) % 4}.jpg")), report.bytes_of_maps(2 * 33, 576))
+    see = lambda image: picture(preprocess, str(tmp_path / f"{int(image[:-4]) % 4}.jpg"))
+    shown, pictures = choose(records, see, report.bytes_of_maps(2 * 33, 576))
     maps = [tiles(rng.random((32, 576), dtype=np.float32)) for _ in range(3)]
     attention = {(r["image"], r["question"]): {1: maps[n % 3], 2: maps[(n + 1) % 3]} for n, r in enumerate(shown)}
     text = page(records, shown, pictures, attention, questions, metrics, "hadpo", 576)
@@ -238,9 +246,11 @@ def test_full_size_stays_below_ten_megabytes(tmp_path, made):
 def test_typed_by_a_user(made, world, tmp_path):
     """--report beside the usual output; metrics.json names the checkpoints, so that plots.py finds variant and learning rate."""
     head = made.heads["after"]
-    save_trained(str(tmp_path / "after"), head.state_dict(), {"base": world.base, "fingerprint": fingerprint(made.trunk, made.heads["base"]), "block": head.block.__dict__,
-                                                             "arguments": {"block": "align_after_align", "learning_rate": 1e-3}}, made.tokenizer)
-    command = ["python", os.path.join(ROOT, "eval_pope.py"), "after", "--coco_path", world.coco, "--pope_path", world.pope, "--max_new_tokens", 3, "--report"]
+    info = {"base": world.base, "fingerprint": fingerprint(made.trunk, made.heads["base"]), "block": vars(head.block),
+            "arguments": {"learning_rate": 1e-3}}
+    save_trained(str(tmp_path / "after"), head.state_dict(), info, made.tokenizer)
+    command = ["python", os.path.join(ROOT, "eval_pope.py"), "after", "--coco_path", world.coco, "--pope_path", world.pope,
+               "--max_new_tokens", 3, "--report"]
     said = succeeds(*command, "page.html", cwd=tmp_path)
     assert re.search(r"page.html: (\d+) of \1 questions to look at, 0.\d MB", said)
     assert load_json(tmp_path / "after" / "pope" / "metrics.json")["checkpoints"] == {"after": "after"}
@@ -248,7 +258,8 @@ def test_typed_by_a_user(made, world, tmp_path):
     assert all(set(q["attention"]) == {"1"} for q in gallery["questions"])
     succeeds("python", os.path.join(ROOT, "plots.py"), "after/pope/metrics.json", "--output", "sweep.svg", cwd=tmp_path)
     done = shell(*command, "nowhere/page.html", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: --report nowhere/page.html") and "distinct questions" not in done.stdout
+    assert done.returncode == 1 and "distinct questions" not in done.stdout
+    assert done.stderr.startswith("error: --report nowhere/page.html") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,13 +270,14 @@ def test_typed_by_a_user(made, world, tmp_path):
 def chromium():
     selenium = pytest.importorskip("selenium", reason="selenium is not installed (requirements-dev.txt)")
     from selenium import webdriver
-    program, driver = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
     if not program or not driver:
         pytest.skip("no Chromium with chromedriver here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000", "--force-device-scale-factor=1"):
-        options.add_argument(flag)
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1000", "force-device-scale-factor=1"):
+        options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
@@ -291,19 +303,20 @@ def until(condition, seconds=5):
 
 
 def choose_option(browser, field, value):
-    browser.execute_script("const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input', {bubbles: true}))", field, value)
+    browser.execute_script("const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+                           "e.dispatchEvent(new Event('input', {bubbles: true}))", field, value)
 
 
 def cards(browser):
     """(question, image) of all cards, every screenful of them."""
-    return browser.execute_script("while (!document.getElementById('more').hidden) document.getElementById('more').click();"
-                                  "return [...document.querySelectorAll('#cards .picture')].map(p => [p.question.image, p.question.question])")
+    return browser.execute_script("""while (!document.getElementById("more").hidden) document.getElementById("more").click();
+        return [...document.querySelectorAll("#cards .picture")].map(p => [p.question.image, p.question.question])""")
 
 
 def overlay(browser, selector):
     """Pixels (side, side, 4) of the attention drawn over a picture."""
-    side, values = browser.execute_script("const c = document.querySelector(arguments[0] + ' canvas');"
-                                          "return [c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]", selector)
+    side, values = browser.execute_script("""const c = document.querySelector(arguments[0] + " canvas");
+        return [c.width, [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]]""", selector)
     return np.array(values).reshape(side, side, 4)
 
 
@@ -319,9 +332,11 @@ def test_filters(browser, made):
     yes = lambda q, n: q["answers"][n]["yes"] and not q["yes"]
     word = everything[0]["word"]
     cases = [({"split": "popular"}, lambda q: "popular" in q["splits"]), ({"moved": "moved"}, lambda q: ok(q, 0) != ok(q, 1)),
-             ({"moved": "01"}, lambda q: not ok(q, 0) and ok(q, 1)), ({"moved": "10", "checkpoint": "2"}, lambda q: ok(q, 0) and not ok(q, 2)),
+             ({"moved": "01"}, lambda q: not ok(q, 0) and ok(q, 1)),
+             ({"moved": "10", "checkpoint": "2"}, lambda q: ok(q, 0) and not ok(q, 2)),
              ({"falseyes": "any"}, lambda q: any(yes(q, n) for n in range(4))), ({"falseyes": "2"}, lambda q: yes(q, 2)),
-             ({"word": word}, lambda q: q["word"] == word), ({"word": word.upper()}, lambda q: q["word"] == word), ({"word": "zebra"}, lambda q: False),
+             ({"word": word}, lambda q: q["word"] == word), ({"word": word.upper()}, lambda q: q["word"] == word),
+             ({"word": "zebra"}, lambda q: False),
              ({"split": "adversarial", "falseyes": "0"}, lambda q: "adversarial" in q["splits"] and yes(q, 0))]
     assert len(browser.find_elements("css selector", "#cards .card")) == 24 and len(cards(browser)) == len(everything)
     for fields, passes in cases:
@@ -365,9 +380,10 @@ def test_overlay_on_hover(browser, made):
 
 
 def test_keyboard(browser):
-    """Tab reaches the pictures, arrows go among them and light them, Enter opens, arrows leaf, h goes through heads, Escape closes."""
+    """Tab reaches the pictures, arrows go among them, Enter opens, arrows leaf, h goes through heads, Escape closes."""
     from selenium.webdriver.common.keys import Keys
-    active = lambda: browser.execute_script("return [...document.querySelectorAll('#cards .picture')].indexOf(document.activeElement)")
+    where = "return [...document.querySelectorAll('#cards .picture')].indexOf(document.activeElement)"
+    active = lambda: browser.execute_script(where)
     browser.find_element("css selector", "button[type=reset]").send_keys(Keys.TAB)
     assert active() == 0
     press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT, Keys.ARROW_UP)
@@ -394,14 +410,15 @@ def test_keyboard(browser):
 
 
 def test_narrow_and_dark(browser):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 340, "height": 700, "deviceScaleFactor": 1, "mobile": True})
-    wide = "return [...document.querySelectorAll('body *')].filter(e => !e.closest('.wide') && e.getBoundingClientRect().right > 341).map(e => e.outerHTML)"
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 340, browser.execute_script(wide)
-    assert browser.execute_script("return getComputedStyle(document.getElementById('cards')).gridTemplateColumns.split(' ').length") == 1
+    phone = {"width": 340, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 340
+    columns = "return getComputedStyle(document.getElementById('cards')).gridTemplateColumns.split(' ').length"
+    assert browser.execute_script(columns) == 1
     colours = []
     for scheme in ("light", "dark"):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        colours.append(browser.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color].map(c => "
-                                              "c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0))"))
+        colours.append(browser.execute_script(r"""const s = getComputedStyle(document.body);
+            return [s.backgroundColor, s.color].map(c => c.match(/\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0))"""))
     (paper, ink), (dark_paper, dark_ink) = colours
     assert paper - ink > 400 and dark_ink - dark_paper > 400
