@@ -305,6 +305,7 @@ def write_report(path, trunk, heads, tokenizer, preprocess, questions, said, met
 def page(records, shown, pictures, attention, questions, metrics, protocol, patches):
     """The page's text. `attention`: {(image, question): {model's number: tiles}}, may lack any."""
     models, yes_ratios = list(next(iter(metrics.values()))), labels_yes(questions)
+    looking = [models[n] for n in sorted({n for maps in attention.values() for n in maps})]
     place = {image: n for n, image in enumerate(pictures)}
     gallery = {"models": models, "splits": list(questions), "patches": patches, "pictures": list(pictures.values()),
                "questions": [r | {"picture": place[r["image"]], "attention": attention.get((r["image"], r["question"]), {})}
@@ -312,7 +313,8 @@ def page(records, shown, pictures, attention, questions, metrics, protocol, patc
     parts = {
         "title": escape(" and ".join(models[1:] or models)),
         "summary": f"{len(records):,} distinct questions about {len({r['image'] for r in records}):,} images; models "
-                   f"{escape(', '.join(models))}; protocol {escape(protocol)}.",
+                   f"{escape(', '.join(models))}; protocol {escape(protocol)}; "
+                   + (f"cross-attention of {escape(' and '.join(looking))}." if looking else "no block with cross-attention among them."),
         "style": STYLE, "tables": metric_tables(metrics, yes_ratios), "bars": answer_bars(metrics, yes_ratios),
         "reliability": reliability_charts(records, models, questions), "moves": move_tables(records, models, questions),
         "words": word_tables(records, models), "shown": f"{len(shown):,}", "all": f"{len(records):,}",

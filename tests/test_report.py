@@ -188,6 +188,7 @@ def test_nothing_said_becomes_markup(made):
     tags = Tags(made.text).found
     assert sum(tag == "script" for tag, _ in tags) == 2 and not any(tag in ("img", "link", "iframe", "object") for tag, _ in tags)
     assert not any(name.startswith("on") for _, attributes in tags for name in attributes)
+    assert f"cross-attention of {escape(EVIL)} and after." in made.text
     assert made.gallery["models"][1] == EVIL and any(EVIL in a["text"] for q in made.gallery["questions"] for a in q["answers"])
     assert escape(EVIL) in made.text and not re.search(r"\{\{(?!data\}\} &)", made.text)
 
