@@ -197,7 +197,8 @@ def collate(rows, preprocess, always_image=False):
     tensors = {name: pad([getattr(row, name) for row in rows], value, 8 if name in ("input_ids", "position", "branch") else 1)
                for name, value in PADDING.items()}
     index = torch.tensor([images.index(row.image) if row.image else -1 for row in rows])
-    pixels = torch.stack([preprocess(image) for image in images]) if images else None
+    with ThreadPoolExecutor(4) as pool:                     # PIL lets go of Python's lock while it decodes
+        pixels = torch.stack(list(pool.map(preprocess, images))) if images else None
     if always_image and pixels is None:
         pixels = torch.zeros(1, 3, preprocess.size, preprocess.size)
     return Batch(**tensors, image_index=index, pixel_values=pixels)

@@ -230,7 +230,7 @@ def main(argv=None):
                 lines[tokens].insert(0, line)
     shown = [line for tokens in args.tokens for line in [peers[tokens]] + [replace(x, peers=(peers[tokens],)) for x in lines[tokens]]]
     print("\n" + table(shown, "pair", args.global_batch, peak) + "\n")
-    agreement("log-probabilities of the same answers, adapters off", said.to(expected.dtype), expected)
+    agreement("log-probabilities of the same answers, adapters off", said, expected, ours.dtype)
     torch.distributed.destroy_process_group()
 
 

@@ -162,8 +162,10 @@ def beside_the_peer(ours, folder, distinct, total, peak, args):
     ours_said = [said[q].split() for q in distinct[:len(ids)]]
     differ("transformers alone against in batches", [ours.tokenizer.decode(row).split() for row in single_ids.tolist()], theirs_said)
     differ("ours against transformers in batches", ours_said, theirs_said)
-    agreement("logits of first tokens, transformers alone against in batches", single_logits, logits[:len(single_logits)], control=True)
-    agreement("logits of first tokens, ours against transformers in batches", first_logits(ours, dataset, len(logits)), logits)
+    agreement("logits of first tokens, transformers alone against in batches", single_logits, logits[:len(single_logits)],
+              ours.dtype, control=True)
+    agreement("logits of first tokens, ours against transformers in batches", first_logits(ours, dataset, len(logits)), logits,
+              ours.dtype)
 
 
 def main(argv=None):

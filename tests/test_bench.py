@@ -117,12 +117,12 @@ def test_table():
 
 def test_agreement():
     numbers = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    peer.agreement("same", numbers + 1e-6, numbers)
+    peer.agreement("same", numbers + 1e-6, numbers, torch.float32)
     with pytest.raises(SystemExit):
-        peer.agreement("other", numbers + 1e-3, numbers)
+        peer.agreement("other", numbers + 1e-3, numbers, torch.float32)
     with pytest.raises(SystemExit):
-        peer.agreement("nothing", numbers * float("nan"), numbers)
-    peer.agreement("control", numbers + 1, numbers, control=True)
+        peer.agreement("nothing", numbers * float("nan"), numbers, torch.float32)
+    peer.agreement("control", numbers + 1, numbers, torch.float32, control=True)
 
 
 def test_questions_are_in_popes_proportions(tmp_path):
