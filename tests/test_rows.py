@@ -23,7 +23,8 @@ from model import answer_states
 from readers import Example, InputError, image_paths, index_rows, read_llava, row_lengths, run_program
 from test_packed import PATCHES, make_sequences, pixels
 
-NASTY = ('"', '\\', '\\\\', '\\"', '{', '}', '[', ']', '{"', '"}', ',', '\n', '\t', "/", "\u2028", "é", "漢", "🙂", "\x00", " ", "a", '"image": "no.jpg"')
+NASTY = ('"', '\\', '\\\\', '\\"', '{', '}', '[', ']', '{"', '"}', ',', '\n', '\t', "/", "\u2028", "é", "漢", "🙂", "\x00", " ", "a",
+         '"image": "no.jpg"')
 
 
 def random_rows(seed, count):
