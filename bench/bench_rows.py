@@ -25,7 +25,7 @@ from bench_load import memory
 from data import check_images
 from readers import image_paths, read_llava
 
-WORDS = 'a the man woman dog "sign" stands near red car with umbrella on street {left} and 35\u00b0 back\\slash of photo\n'.split(" ")
+WORDS = 'a the man woman dog "sign" stands near red car with umbrella street {left} and 35\u00b0 back\\slash of photo\n'.split(" ")
 PEER_ROWS = 200_000
 FOLDER = 1000       # rows whose images share a folder
 
@@ -115,8 +115,9 @@ def main():
                 assert all(result["rows"] in (rows, None) for result in results.values())
                 ours, peer = results["ours"], results.get("peer")
                 beside = f"{peer['seconds']:.2f} s | {peer['extra'] / 1e6:,.0f} MB" if peer else "not run | "
-                print(f"| {rows:,} | {os.path.getsize(path) / 1e6:,.1f} MB | {results['read']['seconds']:.2f} s | {ours['seconds']:.2f} s | "
-                      f"{ours['cpu']:.2f} s | + {ours['checked']:.2f} s | {ours['extra'] / 1e6:,.0f} MB | {beside} |", flush=True)
+                print(f"| {rows:,} | {os.path.getsize(path) / 1e6:,.1f} MB | {results['read']['seconds']:.2f} s | "
+                      f"{ours['seconds']:.2f} s | {ours['cpu']:.2f} s | + {ours['checked']:.2f} s | "
+                      f"{ours['extra'] / 1e6:,.0f} MB | {beside} |", flush=True)
 
 
 if __name__ == "__main__":
