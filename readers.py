@@ -276,7 +276,8 @@ def check_outside(path, outside, rows):
             what = "begins and does not end" if number == rows else "needs one comma in front of it"
         else:
             what = f"here stands {wrong[:20].decode(errors='replace')!r}"
-        raise InputError(f"{path}, row {number}: not readable as JSON objects ({what}); is it the right file, was the download cut short?")
+        raise InputError(f"{path}, row {number}: not readable as JSON objects ({what}); is it the right file, was the download cut "
+                         "short?")
 
 
 def whole_objects(text):

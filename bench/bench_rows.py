@@ -25,14 +25,14 @@ from bench_load import memory
 from data import check_images
 from readers import image_paths, read_llava
 
-WORDS = 'a the man woman dog "sign" stands near red car with umbrella on street {left} and 35\u00b0 back\\slash of photo\n'.split(" ")
+WORDS = 'a the man woman dog "sign" stands near red car with umbrella street {left} and 35\u00b0 back\\slash of photo\n'.split(" ")
 PEER_ROWS = 200_000
-LINKS = 1000        # rows that share an image file's folder
+FOLDER = 1000       # rows whose images share a folder
 
 
 def image_name(n):
     """Image of row n, one in three rows; a tenth of the rows has none."""
-    return None if n % 10 == 9 else f"{n // LINKS:05d}/{n // 3:09d}.png"
+    return None if n % 10 == 9 else f"{n // FOLDER:05d}/{n // 3:09d}.png"
 
 
 def write_rows(path, rows, kilobytes):
@@ -46,8 +46,9 @@ def write_rows(path, rows, kilobytes):
         file.write("[")
         for n in range(rows):
             image, texts = image_name(n), said[n % 500]
+            texts = ["<image>\n" * bool(image) + texts[0], *texts[1:]]
             row = {"id": f"{n:09d}"} | ({"image": image} if image else {}) | {"conversations": [
-                {"from": "gpt" if t % 2 else "human", "value": ("<image>\n" if image and t == 0 else "") + text} for t, text in enumerate(texts)]}
+                {"from": "gpt" if t % 2 else "human", "value": text} for t, text in enumerate(texts)]}
             file.write((",\n" if n else "") + json.dumps(row, ensure_ascii=False))
         file.write("]")
 
@@ -93,7 +94,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 10_000, 1_000_000, 2_000_000])
     parser.add_argument("--kilobytes", type=float, nargs="+", default=[0.3, 1.5], help="of a row")
-    parser.add_argument("--peer_all", action="store_true", help=f"json.load also above {PEER_ROWS:,} rows (some 15 times the file's size)")
+    parser.add_argument("--peer_all", action="store_true",
+                        help=f"json.load also above {PEER_ROWS:,} rows (needs 4 to 5 times the file's size)")
     parser.add_argument("--folder", help="where the files are written for a while; default: the system's temporary folder")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -113,8 +115,9 @@ def main():
                 assert all(result["rows"] in (rows, None) for result in results.values())
                 ours, peer = results["ours"], results.get("peer")
                 beside = f"{peer['seconds']:.2f} s | {peer['extra'] / 1e6:,.0f} MB" if peer else "not run | "
-                print(f"| {rows:,} | {os.path.getsize(path) / 1e6:,.1f} MB | {results['read']['seconds']:.2f} s | {ours['seconds']:.2f} s | "
-                      f"{ours['cpu']:.2f} s | + {ours['checked']:.2f} s | {ours['extra'] / 1e6:,.0f} MB | {beside} |", flush=True)
+                print(f"| {rows:,} | {os.path.getsize(path) / 1e6:,.1f} MB | {results['read']['seconds']:.2f} s | "
+                      f"{ours['seconds']:.2f} s | {ours['cpu']:.2f} s | + {ours['checked']:.2f} s | "
+                      f"{ours['extra'] / 1e6:,.0f} MB | {beside} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from model import answer_states
 from readers import Example, InputError, image_paths, index_rows, read_llava, row_lengths, run_program
 from test_packed import PATCHES, make_sequences, pixels
 
-NASTY = ('"', '\\', '\\\\', '\\"', '{', '}', '[', ']', '{"', '"}', ',', '\n', '\t', "/", "\u2028", "é", "漢", "🙂", "\x00", " ", "a", '"image": "no.jpg"')
+NASTY = ('"', '\\', '\\\\', '\\"', '{', '}', '[', ']', '{"', '"}', ',', '\n', '\t', "/", "\u2028", "é", "漢", "🙂", "\x00", " ", "a",
+         '"image": "no.jpg"')
 
 
 def random_rows(seed, count):
@@ -35,7 +36,8 @@ def random_rows(seed, count):
         image = rng.choice((None, None, f"{n % 5}.jpg", f'a "{n % 3}" \\ {{é🙂.jpg'))
         turns = [{"from": who, "value": text()} for _ in range(rng.randint(1, 3)) for who in ("human", "gpt")]
         turns[0]["value"] = ("<image>\n" if image else "") + "What? " + turns[0]["value"]
-        row = {"id": text(), "image": image, "conversations": turns, "more": rng.choice(({}, [], {"a": [{"b": "}"}]}, None, -1.5e3, "\\"))}
+        more = rng.choice(({}, [], {"a": [{"b": "}"}]}, None, -1.5e3, "\\"))
+        row = {"id": text(), "image": image, "conversations": turns, "more": more}
         if rng.random() < .3:
             row = dict(reversed(row.items()))
         if image is None and rng.random() < .7:
@@ -91,7 +93,8 @@ def test_empty_list_holds_no_rows(tmp_path):
     assert len(examples) == 0 and not examples and image_paths(examples) == [] and row_lengths(examples, 9).shape == (0,)
 
 
-GOOD = json.dumps([{"id": "{", "conversations": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "a"}]} for n in range(5)])
+GOOD = json.dumps([{"id": "{", "conversations": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "a"}]}
+                   for n in range(5)])
 ROW = GOOD[1:-1].split(', {"id"')[0]
 BROKEN = {  # name: (content, what the message says)
     "cut in a row": (GOOD[:-30], "row 4.*does not end.*cut short"),
@@ -99,10 +102,12 @@ BROKEN = {  # name: (content, what the message says)
     "cut in front of the bracket": (GOOD[:-1], "row 5.*without a ].*cut short"),
     "cut line": (f"{ROW}\n{ROW}\n{ROW[:40]}", "row 2.*does not end"),
     "nothing": ("", "is empty"), "white space": (" \n ", "is empty"),
-    "a number among rows": (f"[{ROW}, 5, {ROW}]", "row 1.*'5,{"), "a text among rows": (f'[{ROW}, "{{}}", {ROW}]', "row 1.*here stands"),
+    "a number among rows": (f"[{ROW}, 5, {ROW}]", "row 1.*'5,{"),
+    "a text among rows": (f'[{ROW}, "{{}}", {ROW}]', "row 1.*here stands"),
     "no comma": (f"[{ROW} {ROW}]", "row 1.*one comma"), "two commas": (f"[{ROW},, {ROW}]", "row 1.*one comma"),
     "a list of lists": (f"[[{ROW}]]", r"row 0.*here stands"), "too many braces": (f"[{ROW}}}, {ROW}]", "row 1.*here stands '}"),
-    "something behind": (f"[{ROW}] x", "here stands 'x'"), "a web page": ("<!DOCTYPE html><html lang=\"en\">", "row 0.*here stands '<!DOC"),
+    "something behind": (f"[{ROW}] x", "here stands 'x'"),
+    "a web page": ("<!DOCTYPE html><html lang=\"en\">", "row 0.*here stands '<!DOC"),
     "a number": ("5", "row 0.*'5'"), "a quote too few": (GOOD.replace('"q1"', '"q1'), "row 1.*does not end"),
     "an object of rows": (f'{{"rows": [{ROW}]}}', "row 0.*conversations"),
     "broken inside": (GOOD.replace('"q2"}', '"q2",}'), "row 2.*not readable as JSON.*column"),
@@ -184,7 +189,8 @@ def test_workers_give_the_same_batches(world, how):
 def test_pickled_tokenizer_and_rows(world):
     dataset = conversations(world)
     again = pickle.loads(pickle.dumps(dataset))
-    assert again.row(5) == dataset.row(5) and again.tokenizer.encode("Is there a cup?") == dataset.tokenizer.encode("Is there a cup?")
+    assert again.row(5) == dataset.row(5)
+    assert again.tokenizer.encode("Is there a cup?") == dataset.tokenizer.encode("Is there a cup?")
     assert len(pickle.dumps(dataset.tokenizer)) < 1000           # its path, and not the model
 
 
@@ -285,7 +291,8 @@ def mixed_lengths(count=1000):
 
 def sampled(world_size, micro, start=0, lengths=None, examples=1000, steps=9, size=64):
     """(steps, micro batches a step, world_size, micro)"""
-    ranks = [list(ResumableSampler(examples, steps, size, micro, rank, world_size, 42, start, lengths)) for rank in range(world_size)]
+    ranks = [list(ResumableSampler(examples, steps, size, micro, rank, world_size, 42, start, lengths))
+             for rank in range(world_size)]
     return np.array(ranks).reshape(world_size, steps - start, -1, micro).transpose(1, 2, 0, 3)
 
 
@@ -295,7 +302,7 @@ def test_grouping_leaves_every_step_its_examples():
         grouped = sampled(world_size, micro, lengths=mixed_lengths())
         assert np.array_equal(np.sort(grouped.reshape(9, -1)), expected)
         assert np.array_equal(sampled(world_size, micro, 4, mixed_lengths()), grouped[4:])           # resumed
-    across = sampled(2, 4, lengths=mixed_lengths(50), examples=50, steps=25, size=16)                # 8 epochs, batches over their ends
+    across = sampled(2, 4, lengths=mixed_lengths(50), examples=50, steps=25, size=16)           # 8 epochs, batches over their ends
     assert np.array_equal(np.bincount(across.ravel()), np.full(50, 8))
 
 
@@ -306,7 +313,8 @@ def test_micro_batches_are_alike():
     assert mixed(grouped).max() <= 1 and mixed(plain).mean() > 6
     padding = lambda x: 1 - np.abs(x).sum() / (np.abs(x).max(-1) * 4).sum()
     slowest = lambda x: np.abs(x).max((2, 3)).sum() * 4                          # the other rank waits for it every time
-    print(f"padding {padding(plain):.2f} → {padding(grouped):.2f}, tokens of the slowest rank {slowest(plain):,} → {slowest(grouped):,}")
+    print(f"padding {padding(plain):.2f} → {padding(grouped):.2f}, "
+          f"tokens of the slowest rank {slowest(plain):,} → {slowest(grouped):,}")
     assert padding(grouped) < padding(plain) / 3 and slowest(grouped) < 0.7 * slowest(plain)
 
 
