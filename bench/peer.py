@@ -93,7 +93,8 @@ def random_llava(size, seed=0):
         for name, parameter in module.named_parameters():
             parameter.normal_(float("norm" in name and name.endswith(".weight")), 0.02)
     head.lm_head.weight[[EOS, image_token(config)]] = 0
-    return Ours(device, dtype, config, trunk, head, StandInTokenizer(config.text.vocab_size), ImageProcessor(config.vision.image_size))
+    tokenizer, preprocess = StandInTokenizer(config.text.vocab_size), ImageProcessor(config.vision.image_size)
+    return Ours(device, dtype, config, trunk, head, tokenizer, preprocess)
 
 
 def image_token(config):
@@ -114,7 +115,7 @@ def peer_of(ours):
     shared, tensors = {**ours.trunk.state_dict(), **ours.head.state_dict()}, {}
     for name, parameter in theirs.state_dict().items():
         key = our_name(name)
-        if key.startswith(TOWER) and ours.trunk.vision_tower.unused_key(key):       # transformers builds and runs also what LLaVA does not read
+        if key.startswith(TOWER) and ours.trunk.vision_tower.unused_key(key):       # transformers builds and runs these too
             shared[key] = torch.zeros(parameter.shape, device=ours.device, dtype=ours.dtype)
         tensors[name] = shared[key]
     theirs.load_state_dict(tensors, assign=True)
@@ -264,10 +265,11 @@ def table(lines, unit, total, peak):
     text = [f"| | measured | {head} | times faster | tokens/s | of matmul peak | peak memory, GiB |", "|---" * 7 + "|"]
     for line in lines:
         ratios = " / ".join(f"{peer.seconds / peer.units / (line.seconds / line.units):.2f}" for peer in line.peers)
-        work = (f"{line.tokens / line.seconds:,.0f}", f"{100 * line.flops / line.seconds / peak:.1f} %") if line.tokens else ("–", "–")
-        memory = "–" if line.memory is None else f"{line.memory / 2 ** 30:.1f}"
-        text.append(f"| {line.what} | {line.units:,} | {line.seconds / line.units * total:.4g} | {ratios or '–'} | {work[0]} | {work[1]} | "
-                    f"{memory} |")
+        cells = [line.what, f"{line.units:,}", f"{line.seconds / line.units * total:.4g}", ratios or "–",
+                 f"{line.tokens / line.seconds:,.0f}" if line.tokens else "–",
+                 f"{100 * line.flops / line.seconds / peak:.1f} %" if line.flops else "–",
+                 "–" if line.memory is None else f"{line.memory / 2 ** 30:.1f}"]
+        text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
 
 

@@ -15,11 +15,11 @@ sys.path.insert(0, os.path.join(ROOT, "bench"))
 import bench_pope
 import bench_trunk
 import peer
-from data import EOS, IMAGE, SYSTEM, encode_conversation, expand
+from data import EOS, SYSTEM, encode_conversation, expand
 from eval_pope import SPLITS
-from readers import read_pope
+from readers import IMAGE, read_pope
 
-TINY_POPE = ["--size", "tiny", "--images", "4", "--batch_size", "2", "--peer_single", "3", "--peer_batched", "20", "--peer_batch", "8"]
+TINY_POPE = "--size tiny --images 4 --batch_size 2 --peer_single 3 --peer_batched 20 --peer_batch 8".split()
 
 
 def lines_of(said):
