@@ -227,7 +227,7 @@ def main(argv=None):
                 lines[tokens].insert(0, line)
     shown = [line for tokens, peer in peers.items() for line in (peer, *(replace(line, peers=(peer,)) for line in lines[tokens]))]
     print("\n" + table(shown, "pair", args.global_batch, peak) + "\n")
-    agreement("log-probabilities of the same answers, adapters off", said.to(expected.dtype), expected)
+    agreement("log-probabilities of the same answers, adapters off", said, expected, ours.dtype)
     torch.distributed.destroy_process_group()
 
 

@@ -165,8 +165,9 @@ def beside_the_peer(ours, folder, distinct, total, peak, args):
     differ("transformers alone against in batches", alone_said, theirs_said)
     differ("ours against transformers in batches", ours_said, theirs_said)
     agreement("logits of first tokens, transformers alone against in batches", single_logits, logits[:len(single_logits)],
-              control=True)
-    agreement("logits of first tokens, ours against transformers in batches", first_logits(ours, dataset, len(logits)), logits)
+              ours.dtype, control=True)
+    agreement("logits of first tokens, ours against transformers in batches", first_logits(ours, dataset, len(logits)), logits,
+              ours.dtype)
 
 
 def main(argv=None):

@@ -108,7 +108,7 @@ def main(argv=None):
     print("\n" + table([peer, line], "pass", 1, peak))
     lines = one_step(ours, theirs, rows, batch, args.peer_batch, args.steps, bandwidth, args.repeats)
     print("\n" + table(lines, "step", 1, peak) + "\n")
-    agreement("hidden states behind every question", said, expected)
+    agreement("hidden states behind every question", said, expected, ours.dtype)
 
 
 if __name__ == "__main__":

@@ -273,12 +273,12 @@ def table(lines, unit, total, peak):
     return "\n".join(text)
 
 
-def agreement(what, ours, theirs, control=False):
-    """Say how far the same numbers, computed twice, differ as a share of their spread; SystemExit beyond TOLERANCE.
+def agreement(what, ours, theirs, dtype, control=False):
+    """Say how far the same numbers, computed twice in `dtype`, differ as a share of their spread; SystemExit beyond TOLERANCE.
 
     A control compares the peer with itself, which says what rounding alone does and fails nothing.
     """
-    tolerance, ours, theirs = TOLERANCE[theirs.dtype], ours.float().cpu(), theirs.float().cpu()
+    tolerance, ours, theirs = TOLERANCE[dtype], ours.float().cpu(), theirs.float().cpu()
     if ours.shape != theirs.shape:
         raise SystemExit(f"{what}: shapes {tuple(ours.shape)} and {tuple(theirs.shape)} differ")
     difference, spread = (ours - theirs).abs().max().item(), theirs.std().item()

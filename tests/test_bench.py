@@ -2,6 +2,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from eval_pope import SPLITS
 from readers import IMAGE, read_pope
 
 TINY_POPE = "--size tiny --images 4 --batch_size 2 --peer_single 3 --peer_batched 20 --peer_batch 8".split()
+TINY_TRUNK = "--size tiny --images 3 --questions 4 --peer_batch 5 --steps 2 --repeats 1".split()
 
 
 def lines_of(said):
@@ -45,10 +47,22 @@ def test_pope_on_several_processes():
 
 
 def test_trunk(capsys):
-    bench_trunk.main(["--size", "tiny", "--images", "3", "--questions", "4", "--peer_batch", "5", "--steps", "2", "--repeats", "1"])
+    bench_trunk.main(TINY_TRUNK)
     said = capsys.readouterr().out
     assert len([first for first in lines_of(said) if "ours" in first]) == 3                # pass, step, floor
     assert "hidden states behind every question: largest difference" in said
+
+
+def test_bf16_as_on_a_gpu(monkeypatch, capsys):
+    def rounded(size):
+        ours = peer.random_llava(size)
+        return replace(ours, dtype=torch.bfloat16, trunk=ours.trunk.bfloat16(), head=ours.head.bfloat16())
+
+    for bench in (bench_pope, bench_trunk):
+        monkeypatch.setattr(bench, "random_llava", rounded)
+    bench_pope.main(TINY_POPE)
+    bench_trunk.main(TINY_TRUNK)
+    assert capsys.readouterr().out.count("(tolerance 20 %)") == 2
 
 
 def test_dpo():
@@ -117,12 +131,13 @@ def test_table():
 
 def test_agreement():
     numbers = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    peer.agreement("same", numbers + 1e-6, numbers)
+    peer.agreement("same", numbers + 1e-6, numbers, torch.float32)
+    peer.agreement("rounded", numbers.bfloat16(), numbers, torch.bfloat16)
     with pytest.raises(SystemExit):
-        peer.agreement("other", numbers + 1e-3, numbers)
+        peer.agreement("other", numbers + 1e-3, numbers, torch.float32)
     with pytest.raises(SystemExit):
-        peer.agreement("nothing", numbers * float("nan"), numbers)
-    peer.agreement("control", numbers + 1, numbers, control=True)
+        peer.agreement("nothing", numbers * float("nan"), numbers, torch.float32)
+    peer.agreement("control", numbers + 1, numbers, torch.float32, control=True)
 
 
 def test_questions_are_in_popes_proportions(tmp_path):
