@@ -8,7 +8,7 @@ only, which is faster than the recipe. Ours is what train.py does through DeepSp
 in an epoch without kept features, then a whole run (an ablation, another learning rate) from kept features. A pair is
 system prompt, image, question and two answers of as many tokens as the table says, `</s>` included. Batches are made
 before the clock starts, for both; reading kept features counts. Share of the peak: operations of tower and decoder (see
-peer.py) in the one pass of ours; of the peer in four: policy, reference, recomputation, gradients of the activations.
+peer.py) in the one pass of ours; LoRA needs four: policy, reference, recomputation, gradients of the activations.
 """
 import argparse
 import os
@@ -24,13 +24,13 @@ import peft
 import torch
 
 import train
-from data import IMAGE, PackedDataset, ResumableSampler, batches_ahead, spare_cores
+from data import PackedDataset, ResumableSampler, batches_ahead, spare_cores
 from dpo import dpo_loss, token_logps
 from features import keep_features
 from model import Head
-from peer import (SIZES, Line, agreement, decoder_flops, environment, matmul_peak, measure, peer_inputs, peer_of, random_llava, table,
-                  tower_flops, unpack, write_images)
-from readers import Example
+from peer import (SIZES, Line, agreement, decoder_flops, environment, matmul_peak, measure, peer_inputs, peer_of, random_llava,
+                  table, tower_flops, unpack, write_images)
+from readers import IMAGE, Example
 from train import STAGES, Objective, deepspeed_config, set_trained, start_deepspeed
 
 BETA, LEARNING_RATE = 0.1, 5e-7
@@ -50,13 +50,21 @@ def make_pairs(ours, images, count, tokens, seed=0):
     return PackedDataset(examples, ours.tokenizer, ours.preprocess, ours.config.vision.num_patches, ours.config.max_length)
 
 
+def line_of(config, what, measured, pairs, rows, decoder_passes=1, tower_passes=1):
+    """`rows`: the positions of each row's tokens. A row has an image."""
+    positions = [p for row in rows for p in row]
+    flops = decoder_passes * decoder_flops(config, positions) + tower_passes * tower_flops(config, len(rows))
+    return Line(what, measured.seconds, pairs, len(positions), flops, measured.memory)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ours
 
 
 def identity(ours):
     """A head as train.py starts from it: an identity block and its own lm_head."""
-    head = Head(ours.config, ours.config.block()).to(ours.device, ours.dtype)
+    with ours.device:
+        head = Head(ours.config, ours.config.block()).to(ours.dtype)
     head.lm_head.load_state_dict(ours.head.lm_head.state_dict())
     return head
 
@@ -80,13 +88,10 @@ def step(engine, batch, *reference):
 def with_trunk(deepspeed, ours, stage, micro_batch, dataset, tokens, repeats):
     """Optimizer steps with the trunk in the loop → Line."""
     engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch)
-    batch, rows = dataset[list(range(micro_batch))], [dataset.row(n) for n in range(micro_batch)]
+    batch, rows = dataset[list(range(micro_batch))], [dataset.row(n).position for n in range(micro_batch)]
     measured = measure(lambda: step(engine, batch.to(ours.device, ours.dtype)), ours.device, repeats, warm_up=2)
     engine.destroy()
-    positions = [p for row in rows for p in row.position]
-    flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, micro_batch)
-    return Line(f"{tokens} tokens: ours, stage {stage}, {micro_batch} pairs", measured.seconds, micro_batch, len(positions), flops,
-                measured.memory)
+    return line_of(ours.config, f"{tokens} tokens: ours, stage {stage}, {micro_batch} pairs", measured, micro_batch, rows)
 
 
 def from_features(deepspeed, ours, stage, micro_batch, dataset, tokens, steps, global_batch):
@@ -94,15 +99,12 @@ def from_features(deepspeed, ours, stage, micro_batch, dataset, tokens, steps, g
     with tempfile.TemporaryDirectory() as folder:
         block = ours.config.block()
         measured = measure(lambda: keep_features(folder, dataset, ours.trunk, block, "random weights", 64), ours.device, 1, 0)
-        rows = [dataset.row(n) for n in range(len(dataset))]
-        positions = [p for row in rows for p in row.position]
-        flops = decoder_flops(ours.config, positions) + tower_flops(ours.config, len(rows))
-        frozen = Line(f"{tokens} tokens: ours, the frozen pass onto the disk", measured.seconds, len(rows), len(positions), flops,
-                      measured.memory)
+        frozen = line_of(ours.config, f"{tokens} tokens: ours, the frozen pass onto the disk", measured, len(dataset),
+                         [dataset.row(n).position for n in range(len(dataset))])
         kept = measured.result
 
         def run():
-            engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch, global_batch // micro_batch, kept=True)
+            engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch, global_batch // micro_batch, True)
             sampler = ResumableSampler(len(kept), steps, global_batch, micro_batch, 0, 1, seed=42)
             for batch in batches_ahead(kept, sampler, spare_cores()):
                 step(engine, batch.to(ours.device, ours.dtype))
@@ -120,7 +122,7 @@ def with_lora(deepspeed, ours, micro_batch, datasets, repeats):
     lines = {}
     for tokens, dataset in datasets.items():
         engine = start_engine(deepspeed, ours, ours.head, ("lora",), micro_batch)
-        batch, rows = dataset[list(range(micro_batch))], [dataset.row(n) for n in range(micro_batch)]
+        batch, rows = dataset[list(range(micro_batch))], [dataset.row(n).position for n in range(micro_batch)]
 
         def one_step():
             moved = batch.to(ours.device, ours.dtype)
@@ -131,10 +133,7 @@ def with_lora(deepspeed, ours, micro_batch, datasets, repeats):
 
         measured = measure(one_step, ours.device, repeats, warm_up=2)
         engine.destroy()
-        positions = [p for row in rows for p in row.position]
-        flops = 4 * decoder_flops(ours.config, positions) + 2 * tower_flops(ours.config, micro_batch)
-        lines[tokens] = Line(f"{tokens} tokens: ours, LoRA, {micro_batch} pairs", measured.seconds, micro_batch, len(positions), flops,
-                             measured.memory)
+        lines[tokens] = line_of(ours.config, f"{tokens} tokens: ours, LoRA, {micro_batch} pairs", measured, micro_batch, rows, 4, 2)
     return lines
 
 
@@ -186,9 +185,7 @@ def time_peer(ours, model, optimizer, dataset, pairs, tokens, repeats):
     """Optimizer steps of the peer → Line."""
     inputs, lengths = peer_batch(ours, dataset, pairs)
     measured = measure(lambda: peer_step(model, optimizer, inputs, tokens), ours.device, repeats, warm_up=2)
-    positions = [p for length in lengths for p in range(length)]
-    flops = 4 * decoder_flops(ours.config, positions) + 2 * tower_flops(ours.config, len(lengths))
-    return Line(f"{tokens} tokens: peft, LoRA, {pairs} pairs", measured.seconds, pairs, len(positions), flops, measured.memory)
+    return line_of(ours.config, f"{tokens} tokens: peft, LoRA, {pairs} pairs", measured, pairs, [range(n) for n in lengths], 4, 2)
 
 
 def main(argv=None):
@@ -211,8 +208,8 @@ def main(argv=None):
         images = [os.path.join(folder, name) for name in write_images(folder, min(args.pairs, 128))]
         datasets = {tokens: make_pairs(ours, images, args.pairs, tokens) for tokens in args.tokens}
         print("timing ours", flush=True)
-        lines = {tokens: [with_trunk(deepspeed, ours, args.stage, micro, dataset, tokens, args.repeats) for micro in args.micro_batches]
-                 for tokens, dataset in datasets.items()}
+        lines = {tokens: [with_trunk(deepspeed, ours, args.stage, micro, dataset, tokens, args.repeats)
+                          for micro in args.micro_batches] for tokens, dataset in datasets.items()}
         first = args.tokens[0]
         lines[first] += from_features(deepspeed, ours, args.stage, max(args.micro_batches), datasets[first], first, args.steps,
                                       args.global_batch)
@@ -228,7 +225,7 @@ def main(argv=None):
         if hasattr(train, "add_lora"):
             for tokens, line in with_lora(deepspeed, ours, args.peer_pairs, datasets, args.repeats).items():
                 lines[tokens].insert(0, line)
-    shown = [line for tokens in args.tokens for line in [peers[tokens]] + [replace(x, peers=(peers[tokens],)) for x in lines[tokens]]]
+    shown = [line for tokens, peer in peers.items() for line in (peer, *(replace(line, peers=(peer,)) for line in lines[tokens]))]
     print("\n" + table(shown, "pair", args.global_batch, peak) + "\n")
     agreement("log-probabilities of the same answers, adapters off", said, expected, ours.dtype)
     torch.distributed.destroy_process_group()

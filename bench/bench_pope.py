@@ -21,19 +21,19 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.distributed as dist
 
-from data import IMAGE, PackedDataset
+from data import PackedDataset
 from eval_pope import PROTOCOLS, SPLITS, ask
 from model import Head, answer
 from peer import (SIZES, Line, agreement, answer_positions, decoder_flops, environment, matmul_peak, measure, peer_generate,
                   peer_inputs, peer_of, random_llava, table, tower_flops, unpack, write_images)
-from readers import Example, read_pope
+from readers import IMAGE, Example, read_pope
 
-OBJECTS = ("person car chair book bottle cup bowl dog cat bird horse sheep cow elephant bear zebra giraffe backpack umbrella handbag "
-           "tie suitcase frisbee kite skateboard surfboard fork knife spoon banana apple sandwich orange broccoli carrot pizza donut "
-           "cake couch bed toilet laptop mouse remote keyboard oven toaster sink refrigerator clock vase scissors toothbrush bicycle "
-           "motorcycle airplane bus train truck boat").split()
-OBJECTS += ["traffic light", "fire hydrant", "stop sign", "parking meter", "baseball bat", "tennis racket", "wine glass",
-            "potted plant", "dining table", "cell phone", "teddy bear", "hair drier", "hot dog", "sports ball"]
+OBJECTS = ("person, car, chair, book, bottle, cup, bowl, dog, cat, bird, horse, sheep, cow, elephant, bear, zebra, giraffe, "
+           "backpack, umbrella, handbag, tie, suitcase, frisbee, kite, skateboard, surfboard, fork, knife, spoon, banana, "
+           "apple, sandwich, orange, broccoli, carrot, pizza, donut, cake, couch, bed, toilet, laptop, mouse, remote, "
+           "keyboard, oven, toaster, sink, refrigerator, clock, vase, scissors, toothbrush, bicycle, motorcycle, airplane, "
+           "bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, baseball bat, tennis racket, "
+           "wine glass, potted plant, dining table, cell phone, teddy bear, hair drier, hot dog, sports ball").split(", ")
 PROTOCOL = "hadpo"
 
 
@@ -47,8 +47,9 @@ def write_pope(folder, images, seed=0):
     for image in images:
         words = rng.sample(OBJECTS, len(OBJECTS))
         present, absent = words[:3], words[3:]
-        for split, chosen in (("random", rng.sample(absent, 3)), ("popular", absent[:3]), ("adversarial", rng.sample(absent[:6], 3))):
-            for yes, no in zip(present, chosen):
+        asked = {"random": rng.sample(absent, 3), "popular": absent[:3], "adversarial": rng.sample(absent[:6], 3)}
+        for split, objects in asked.items():
+            for yes, no in zip(present, objects):
                 rows[split] += [(image, question(yes), "yes"), (image, question(no), "no")]
     for split, questions in rows.items():
         with open(os.path.join(folder, f"coco_pope_{split}.json"), "w") as file:
@@ -88,7 +89,7 @@ def time_ours(ours, folder, what, questions, tokens, batch_size=None, heads=None
 
 
 def time_peer(ours, theirs, what, dataset, count, tokens, batch_size):
-    """One run over the first `count` questions of the packed rows, each alone → Line, ids (count, tokens), logits (count, vocab)."""
+    """One run over the first `count` questions of the packed rows → Line, ids (count, tokens), first logits (count, vocab)."""
     sequences, pixels = [], {}
     for i in range(len(dataset)):
         row = dataset.row(i)
@@ -101,8 +102,8 @@ def time_peer(ours, theirs, what, dataset, count, tokens, batch_size):
 
     def answers(count):
         parts = [sequences[start:min(count, start + batch_size)] for start in range(0, count, batch_size)]
-        return [peer_generate(theirs, peer_inputs(ours, [ids for ids, _ in part], torch.stack([pixels[image] for _, image in part])),
-                              tokens) for part in parts]
+        inputs = (peer_inputs(ours, [ids for ids, _ in part], torch.stack([pixels[image] for _, image in part])) for part in parts)
+        return [peer_generate(theirs, part, tokens) for part in inputs]
 
     answers(min(count, batch_size))
     measured = measure(lambda: answers(len(sequences)), ours.device, repeats=1, warm_up=0)
@@ -160,7 +161,8 @@ def beside_the_peer(ours, folder, distinct, total, peak, args):
 
     theirs_said = [ours.tokenizer.decode(row).split() for row in ids.tolist()]
     ours_said = [said[q].split() for q in distinct[:len(ids)]]
-    differ("transformers alone against in batches", [ours.tokenizer.decode(row).split() for row in single_ids.tolist()], theirs_said)
+    alone_said = [ours.tokenizer.decode(row).split() for row in single_ids.tolist()]
+    differ("transformers alone against in batches", alone_said, theirs_said)
     differ("ours against transformers in batches", ours_said, theirs_said)
     agreement("logits of first tokens, transformers alone against in batches", single_logits, logits[:len(single_logits)],
               ours.dtype, control=True)

@@ -6,7 +6,8 @@ A row is system prompt, image and all questions about it; the peer gets every qu
 image, right-padded and causal, so that its fastest attention applies. Timed is the decoder alone, without tower and
 lm_head; its share of the matmul peak counts the operations of decoder_flops (peer.py), unmasked pairs only, each side its
 own. A step of decoding (all branches one token further, logits and choice included) is the difference of two generations
-of different lengths; the floor beside it is what reading all weights and the cache once takes at the measured bandwidth.
+of different lengths, so that what happens once does not count; the floor beside it is what reading all weights (for each
+batch) and the cache once takes at the measured bandwidth.
 """
 import argparse
 import os
@@ -16,18 +17,18 @@ from dataclasses import replace
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
-from data import IMAGE, SYSTEM, PackedDataset
+from data import SYSTEM, PackedDataset
 from model import generate
 from peer import (SIZES, Line, agreement, decoder_flops, decoder_weights, environment, matmul_peak, measure, memory_bandwidth,
                   peer_generate, peer_inputs, peer_of, random_llava, table, unpack)
-from readers import Example
+from readers import IMAGE, Example
 
 
 def rows_of(ours, images, questions):
     """Packed rows of random pictures → [Row], Batch on the device."""
     size = ours.config.vision.image_size
-    examples = [Example(f"picture {n}", [[(f"{IMAGE}\nIs there {'an' if q % 5 == 0 else 'a'} {chr(97 + q % 26) * 3} in the image?", None)]
-                                         for q in range(questions)]) for n in range(images)]
+    asked = [f"{IMAGE}\nIs there {'an' if q % 5 == 0 else 'a'} {chr(97 + q % 26) * 3} in the image?" for q in range(questions)]
+    examples = [Example(f"picture {n}", [[(question, None)] for question in asked]) for n in range(images)]
     dataset = PackedDataset(examples, ours.tokenizer, lambda path: torch.randn(3, size, size), ours.config.vision.num_patches,
                             ours.config.max_length, SYSTEM)
     return [dataset.row(n) for n in range(images)], dataset[list(range(images))].to(ours.device, ours.dtype)
@@ -55,8 +56,8 @@ def one_pass(ours, theirs, rows, batch, peer_batch, repeats):
 
     measured = measure(last_states, ours.device, repeats)
     positions = [p for length in lengths for p in range(length)]
-    peer = Line(f"transformers, {len(alone)} rows of {max(lengths)} in batches of {peer_batch}", measured.seconds, 1, len(positions),
-                decoder_flops(ours.config, positions), measured.memory)
+    peer = Line(f"transformers, {len(alone)} rows of {max(lengths)} tokens in batches of {peer_batch}", measured.seconds, 1,
+                len(positions), decoder_flops(ours.config, positions), measured.memory)
     expected = torch.stack([hidden[length - 1] for hidden, length in zip(measured.result, lengths)])
     line.peers = (peer,)
     return peer, line, said, expected
@@ -69,7 +70,6 @@ def one_step(ours, theirs, rows, batch, peer_batch, steps, bandwidth, repeats):
     pixels = batch.pixel_values.repeat_interleave(len(rows[0].ends), 0)                                 # (questions, 3, S, S)
     inputs = [peer_inputs(ours, sequences[start:start + peer_batch], pixels[start:start + peer_batch])
               for start in range(0, len(sequences), peer_batch)]
-
     lengths, middle = [len(ids) for ids in sequences], few + steps // 2
 
     def step(what, generation, calls, prompt_tokens):
@@ -82,9 +82,10 @@ def one_step(ours, theirs, rows, batch, peer_batch, steps, bandwidth, repeats):
         return (Line(what, (long.seconds - short.seconds) / steps, 1, len(lengths), flops, long.memory),
                 Line(f"floor of {what}", floor, 1, len(lengths), flops))
 
-    peer, peer_floor = step(f"transformers, batches of {peer_batch}", lambda tokens: [peer_generate(theirs, part, tokens) for part in inputs],
-                            len(inputs), sum(lengths))
-    line, floor = step("ours", lambda tokens: generate(ours.trunk, [ours.head], batch, tokens), 1, sum(len(row.input_ids) for row in rows))
+    peer, peer_floor = step(f"transformers, batches of {peer_batch}",
+                            lambda tokens: [peer_generate(theirs, part, tokens) for part in inputs], len(inputs), sum(lengths))
+    line, floor = step("ours", lambda tokens: generate(ours.trunk, [ours.head], batch, tokens), 1,
+                       sum(len(row.input_ids) for row in rows))
     line.peers = floor.peers = (peer,)
     return peer, peer_floor, line, floor
 

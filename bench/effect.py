@@ -18,7 +18,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
 import shapes
-from data import IMAGE, PackedDataset
+from data import PackedDataset
 from eval_pope import load_all
 from model import answer
 from readers import DESCRIBE, Example

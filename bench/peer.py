@@ -38,7 +38,7 @@ SIZES = {
     "tiny": LlavaConfig(LlamaConfig(512, 64, 96, 3, 8, 4, 2048), CLIPVisionConfig(24, 48, 3, 4, image_size=24, patch_size=8)),
 }
 # Root mean square of the differences, of the numbers' spread. One rounding to bf16 is 0.002 of a number on average; hundreds
-# follow each other on the way through 32 layers, and the peer's own answers, alone and in a batch, differ by 0.05.
+# follow each other on the way through 32 layers: the peer differs from itself in a batch by as much as from us (0.05).
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-4}
 
 
@@ -94,7 +94,8 @@ def random_llava(size, seed=0):
         for name, parameter in module.named_parameters():
             parameter.normal_(float("norm" in name and name.endswith(".weight")), 0.02)
     head.lm_head.weight[[EOS, image_token(config)]] = 0
-    return Ours(device, dtype, config, trunk, head, StandInTokenizer(config.text.vocab_size), ImageProcessor(config.vision.image_size))
+    tokenizer, preprocess = StandInTokenizer(config.text.vocab_size), ImageProcessor(config.vision.image_size)
+    return Ours(device, dtype, config, trunk, head, tokenizer, preprocess)
 
 
 def image_token(config):
@@ -115,7 +116,7 @@ def peer_of(ours):
     shared, tensors = {**ours.trunk.state_dict(), **ours.head.state_dict()}, {}
     for name, parameter in theirs.state_dict().items():
         key = our_name(name)
-        if key.startswith(TOWER) and ours.trunk.vision_tower.unused_key(key):       # transformers builds and runs also what LLaVA does not read
+        if key.startswith(TOWER) and ours.trunk.vision_tower.unused_key(key):       # transformers builds and runs these too
             shared[key] = torch.zeros(parameter.shape, device=ours.device, dtype=ours.dtype)
         tensors[name] = shared[key]
     theirs.load_state_dict(tensors, assign=True)
@@ -265,10 +266,11 @@ def table(lines, unit, total, peak):
     text = [f"| | measured | {head} | times faster | tokens/s | of matmul peak | peak memory, GiB |", "|---" * 7 + "|"]
     for line in lines:
         ratios = " / ".join(f"{peer.seconds / peer.units / (line.seconds / line.units):.2f}" for peer in line.peers)
-        work = (f"{line.tokens / line.seconds:,.0f}", f"{100 * line.flops / line.seconds / peak:.1f} %") if line.tokens else ("–", "–")
-        memory = "–" if line.memory is None else f"{line.memory / 2 ** 30:.1f}"
-        text.append(f"| {line.what} | {line.units:,} | {line.seconds / line.units * total:.4g} | {ratios or '–'} | {work[0]} | {work[1]} | "
-                    f"{memory} |")
+        cells = [line.what, f"{line.units:,}", f"{line.seconds / line.units * total:.4g}", ratios or "–",
+                 f"{line.tokens / line.seconds:,.0f}" if line.tokens else "–",
+                 f"{100 * line.flops / line.seconds / peak:.1f} %" if line.flops else "–",
+                 "–" if line.memory is None else f"{line.memory / 2 ** 30:.1f}"]
+        text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
 
 
