@@ -2,7 +2,7 @@
 
     config = deepspeed_config(args, world_size, on_gpu)               # the user's file, checked and completed
     engine, *_ = deepspeed.initialize(model=objective, ...)
-    run_steps(engine, rows, steps, args, trained, state, interruptions, device, dtype)
+    run_steps(engine, rows, start, steps, args, trained, reference, interruptions, device, dtype)
 
 The loop only calls the engine's forward, backward and step, so that it is the same under every ZeRO stage.
 """
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import IGNORE, ResumableSampler, batches_ahead
 from readers import InputError, read_json
-from resume import load_state, read_latest, resume_command, save_state, say
+from resume import read_latest, resume_command, save_state, say
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,58 +138,58 @@ def reference_logps(engine, rows, steps, args, device, dtype):
     return table
 
 
-def run_steps(engine, rows, steps, args, trained, state, interruptions, device, dtype):
-    """The loop: forward, backward, step. Once per optimizer step the metrics go to bar, log and DeepSpeed's monitor."""
+def run_steps(engine, rows, start, steps, args, trained, reference, interruptions, device, dtype):
+    """The loop: forward, backward, step. Once per optimizer step the metrics go to bar, log and DeepSpeed's monitor.
+
+    start: steps already taken; reference: `reference_logps` or None; a Ctrl-C among the interruptions ends it with exit code 130.
+    """
     rank, world_size, accumulation = dist.get_rank(), dist.get_world_size(), engine.gradient_accumulation_steps()
     folder, recent = args.output_dir + ".run", collections.deque(maxlen=20)
-    reference = reference_logps(engine, rows, steps, args, device, dtype) if engine.module.needs_table else None
-    start = load_state(engine, folder, state) if state else 0
-    micro_batches = batches_of(engine, rows, steps, args, device, dtype, start)
-    log = open(os.path.join(folder, "metrics.jsonl") if rank == 0 else os.devnull, "a", buffering=1)        # line by line
-    bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=rank != 0, mininterval=0.5)
-    began = time.perf_counter()
-    for step in range(start + 1, steps + 1):
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
-        batches, answer_tokens, seen = itertools.islice(micro_batches, accumulation), None, []
-        if engine.module.loss == "sft":             # the mean over all answer tokens of the global batch
-            batches = list(batches)
-            answer_tokens = sum((batch.target != IGNORE).sum() for _, batch in batches)
-            dist.all_reduce(answer_tokens)
-            answer_tokens = answer_tokens / (accumulation * world_size)         # the engine takes the mean of the micro batches
-        for n, (ids, batch) in enumerate(batches, start=1):
-            loss, metrics = engine(batch, answer_tokens, None if reference is None else reference[ids])
-            engine.backward(loss)
-            seen.append((ids, metrics))
-            if n < accumulation:
-                engine.step()                       # only counts
-        if step == start + 1:
-            check_gradients(trained, engine)
-        values = [torch.stack([m[name] for _, m in seen]).float().mean() for name in seen[0][1]]
-        values = torch.stack([*values, torch.tensor(float(bool(interruptions.noted)), device=device)])
-        dist.all_reduce(values)
-        *values, noted = (values / world_size).tolist()
-        values = dict(zip(seen[0][1], values))
-        check_loss(values["loss"], recent, step, seen, folder)
-        learning_rate = engine.get_lr()[0]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
-        engine.step()
-        seconds, began = time.perf_counter() - began, time.perf_counter()
-        values |= {"learning_rate": learning_rate, "grad_norm": float(engine.get_global_grad_norm() or norm),
-                   "pairs_per_second": engine.train_batch_size() / seconds}
-        bar.update()
-        if step % args.logging_steps == 0 or step == steps:
-            log.write(json.dumps({"step": step, **values}) + "\n")
-            engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
-            shown = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accuracy"}
-            bar.set_postfix_str(" ".join(f"{shown[k]} {v:.3f}" for k, v in values.items() if k in shown), refresh=False)
-        if noted or args.save_steps and step % args.save_steps == 0:
-            save_state(engine, folder, step)
-        if noted:
-            bar.close()
-            say(f"stopped after step {step} of {steps}; go on with: {resume_command(world_size)}")
-            raise SystemExit(130)
-    bar.close()
-    log.close()
+    micro_batches, noted = batches_of(engine, rows, steps, args, device, dtype, start), False
+    path, began = os.path.join(folder, "metrics.jsonl") if rank == 0 else os.devnull, time.perf_counter()
+    with (open(path, "a", buffering=1) as log,      # line by line
+          tqdm(total=steps, initial=start, desc="training", unit="step", disable=rank != 0, mininterval=0.5) as bar):
+        for step in range(start + 1, steps + 1):
+            torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
+            batches, answer_tokens, seen = itertools.islice(micro_batches, accumulation), None, []
+            if engine.module.loss == "sft":             # the mean over all answer tokens of the global batch
+                batches = list(batches)
+                answer_tokens = sum((batch.target != IGNORE).sum() for _, batch in batches)
+                dist.all_reduce(answer_tokens)
+                answer_tokens = answer_tokens / (accumulation * world_size)         # the engine takes the mean of the micro batches
+            for n, (ids, batch) in enumerate(batches, start=1):
+                loss, metrics = engine(batch, answer_tokens, None if reference is None else reference[ids])
+                engine.backward(loss)
+                seen.append((ids, metrics))
+                if n < accumulation:
+                    engine.step()                       # only counts
+            if step == start + 1:
+                check_gradients(trained, engine)
+            values = torch.stack([torch.stack([m[name] for _, m in seen]).float().mean() for name in seen[0][1]])
+            dist.all_reduce(values)
+            values = dict(zip(seen[0][1], (values / world_size).tolist()))
+            check_loss(values["loss"], recent, step, seen, folder)
+            learning_rate = engine.get_lr()[0]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            engine.step()
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            values |= {"learning_rate": learning_rate, "grad_norm": float(engine.get_global_grad_norm() or norm),
+                       "pairs_per_second": engine.train_batch_size() / seconds}
+            bar.update()
+            if step % args.logging_steps == 0 or step == steps:
+                log.write(json.dumps({"step": step, **values}) + "\n")
+                engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
+                shown = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accuracy"}
+                bar.set_postfix_str(" ".join(f"{shown[k]} {v:.3f}" for k, v in values.items() if k in shown), refresh=False)
+            noted = torch.tensor(len(interruptions.noted), device=device)
+            dist.all_reduce(noted)                      # who heard it tells the others
+            if noted or args.save_steps and step % args.save_steps == 0:
+                save_state(engine, folder, step)
+            if noted:
+                break
+    if noted:
+        say(f"stopped after step {step} of {steps}; go on with: {resume_command(world_size)}")
+        raise SystemExit(130)
     if start < steps:
         say(f"{steps} steps: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 

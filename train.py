@@ -36,14 +36,14 @@ import torch.distributed as dist
 from checkpoint import fingerprint, is_trained, load_base, load_trained, save_base, save_trained
 from data import ImageProcessor, PackedDataset, Tokenizer, check_images, spare_cores
 from features import keep_features
-from loop import cosine, deepspeed_config, run_steps, start_deepspeed
+from loop import cosine, deepspeed_config, reference_logps, run_steps, start_deepspeed
 from lora import add_lora
 from model import Head, Trunk
 from objective import GROUPS, TRUNK, Objective, checkpoint_layers, set_trained
 from plots import draw_training, read_run
 from post_decoder import VARIANTS, PostInteractionBlock
 from readers import InputError, image_paths, read_hadpo, read_llava, run_program
-from resume import Interruptions, begin, discard, is_finished, say
+from resume import Interruptions, begin, discard, is_finished, load_state, say
 from tiny import TINY, prepare_tiny_world
 
 STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}
@@ -157,8 +157,10 @@ def train_one(deepspeed, args, config, base, rows, device, dtype):
         f"{global_batch} = {config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × "
         f"{dist.get_world_size()}, learning rate {args.learning_rate:g}, {facts['dtype']}, ZeRO-{zero_stage}")
     engine, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    reference = reference_logps(engine, rows, steps, args, device, dtype) if objective.needs_table else None
+    first = load_state(engine, args.output_dir + ".run", state) if state else 0
     with Interruptions() as interruptions:
-        run_steps(engine, rows, steps, args, trained, state, interruptions, device, dtype)
+        run_steps(engine, rows, first, steps, args, trained, reference, interruptions, device, dtype)
         # What is not the base's own: what is trained now, and what --init brought along.
         ours = {name for name in head.state_dict() if brought or name.startswith("post_interaction_block.")} | set(trained)
         save(deepspeed, args, base, head, ours, steps, zero_stage)

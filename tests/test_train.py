@@ -215,14 +215,14 @@ def test_cosine():
     assert cosine(0, 5, 0) == 1
 
 
-def configured(tmp_path, content, micro, accumulation=None, processes=1):
+def configured(tmp_path, content, micro, accumulation=None, processes=1, offload=False):
     path = None
     if content is not None:
         path = str(tmp_path / "ds.json")
         with open(path, "w") as file:
             json.dump(content, file)
     args = train.parse([])
-    args.deepspeed, args.per_device_train_batch_size, args.gradient_accumulation_steps = path, micro, accumulation
+    args.deepspeed, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.offload = path, micro, accumulation, offload
     return deepspeed_config(args, processes, False)
 
 
@@ -257,6 +257,14 @@ def test_micro_batch_follows_from_the_number_of_processes(tmp_path):
                                                     ({"train_batch_size": 12}, None, 2, 6),
                                                     ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, None, 1, 3)):
         assert configured(tmp_path, content, None, accumulation, processes)["train_micro_batch_size_per_gpu"] == micro
+
+
+def test_offload_only_when_asked_for(tmp_path):
+    for content, offload in (({"zero_optimization": {"stage": 2}}, True), ({"zero_optimization": {"stage": 2}}, False)):
+        config = configured(tmp_path, content, 4, offload=offload)
+        assert ("offload_optimizer" in config["zero_optimization"]) is offload and config["zero_force_ds_cpu_optimizer"] is False
+    with pytest.raises(InputError, match="--offload needs ZeRO stage 1, 2 or 3"):
+        configured(tmp_path, None, 4, offload=True)
 
 
 def test_the_shipped_configuration_is_plain(tmp_path):
@@ -314,6 +322,49 @@ def test_zero3_on_two_processes_follows_zero0_on_one(runs):
     tensors = [read_file(str(runs / name / "trained.safetensors")) for name in ("one", "two")]
     assert tensors[0].keys() == tensors[1].keys()
     assert max(largest_difference(key, stored.read(), tensors[1][key].read()) for key, stored in tensors[0].items()) < 1e-2
+
+
+MATRIX = [(stage, offload, processes) for stage in (0, 1, 2, 3) for offload in (False, True) for processes in (1, 2) if stage or not offload]
+
+
+@pytest.fixture(scope="module")
+def matrix(world, tmp_path_factory):
+    """The trunk's LoRA, the block and lm_head, three steps, under every ZeRO stage, on one and two processes → folder."""
+    folder, commands = tmp_path_factory.mktemp("matrix"), {1: [], 2: []}
+    for stage, offload, processes in MATRIX:
+        config = folder / f"zero{stage}.json"
+        config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}}))
+        commands[processes].append(["--tune", "lora,post_decoder,lm_head", "--lora_r", 4, "--lora_dropout", 0, "--learning_rate", 1e-2,
+                                    "--max_steps", 3, "--keep_correct", "--per_device_train_batch_size", 2, "--deepspeed", config, *dpo_flags(world),
+                                    *["--offload"] * offload, "--output_dir", folder / f"{stage}-{offload}-{processes}"])
+    for processes, typed in commands.items():
+        run_many(processes, folder, *typed)
+    return folder
+
+
+@pytest.mark.parametrize("stage, offload, processes", MATRIX)
+def test_every_zero_stage_gives_the_same_losses(matrix, stage, offload, processes):
+    """ZeRO 0 to 3, optimizer on the CPU or not, one process or two, accumulation 4 or 2: the same global batches, 1e-5 of each other."""
+    reference, ours = logged(matrix, "0-False-1"), logged(matrix, f"{stage}-{offload}-{processes}")
+    for name in ("loss", "rewards/margin", "logps/chosen", "grad_norm"):
+        expected = [row[name] for row in reference]
+        assert largest_difference(name, [row[name] for row in ours], expected) < 1e-5 * max(10, np.abs(expected).max())
+    assert len({row["loss"] for row in ours}) == 3
+
+
+def test_text_only_batches_under_zero3(world, tmp_path):
+    """Conversations without an image, some batches of nothing else, on two processes: no hang, and the losses of one process."""
+    rows = load_json(world.llava)[:16]
+    text = [{"conversations": [{"from": "human", "value": "Is a dog an animal?"}, {"from": "gpt", "value": "Yes, a dog is an animal."}]}] * 16
+    data, config = tmp_path / "mixed.json", tmp_path / "zero3.json"
+    data.write_text(json.dumps(rows + text))
+    config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 3}}))
+    flags = ["--tune", "clip,projector,llama", "--loss", "sft", "--data_path", data, "--image_folder", world.images, "--model_name_or_path", world.base,
+             "--learning_rate", 1e-3, "--max_steps", 4, "--per_device_train_batch_size", 2]
+    run_many(2, tmp_path, [*flags, "--deepspeed", config, "--output_dir", tmp_path / "two"])
+    run_many(1, tmp_path, [*flags, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "one"])
+    losses = [[row["loss"] for row in logged(tmp_path, name)] for name in ("one", "two")]
+    assert largest_difference("losses", *losses) < 1e-4
 
 
 def test_every_metric_is_logged(runs):
