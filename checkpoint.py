@@ -10,7 +10,8 @@
 A base is a whole model, in LLaVA's layout or Hugging Face's; what of it is called how is told in layouts.py. A trained
 checkpoint is a folder with `config.json` (what it is, its base and that base's fingerprint), `trained.safetensors` (only
 what was trained) and `tokenizer.model`, or the training notes' `non_lora_trainables.bin`. A base with one of peft's LoRA
-adapters is another base. Which of these a folder is follows from what it holds.
+adapters is another base; ours are in peft's layout too (`adapter_config.json`, `adapter_model.safetensors`, which peft
+loads), beside `config.json` and what of the head was trained. Which of these a folder is follows from what it holds.
 
 Modules are made on the meta device and filled tensor by tensor, so that loading needs about one tensor of extra RAM. Names and shapes are compared before anything is read; what does not fit is listed.
 """
@@ -29,11 +30,12 @@ from clip_vit import TOWER
 from data import Tokenizer
 from layouts import (SEED_FILE, Stored, clip_config, clip_config_of, image_processor, llava_config, merge_lora, our_names,
                      read_file, read_preprocessor, read_seed_file, read_tensors, read_tower, weight_files)
+from lora import LINEARS
 from model import Head, Trunk
 from post_decoder import BlockConfig
 from readers import InputError, read_json, run_program
 
-OURS = "nanohadpo"        # config.json's model_type of a trained checkpoint
+OURS, TRAINED_FILE = "nanohadpo", "trained.safetensors"       # config.json's model_type of a trained checkpoint, and its tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,6 +142,9 @@ def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None)
         if os.path.isfile(os.path.join(adapter, SEED_FILE)):        # what was trained beside the adapter
             other, trained = read_seed_file(os.path.join(adapter, SEED_FILE), config)
             block, tensors = other or block, tensors | trained
+        elif os.path.isfile(os.path.join(adapter, TRAINED_FILE)):
+            block, trained = read_trained(adapter)
+            tensors |= trained
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.model"))
     if len(tokenizer) > config.text.vocab_size:
         raise InputError(f"{tokenizer.path}: has {len(tokenizer)} pieces, the model only {config.text.vocab_size} embeddings; "
@@ -207,15 +212,29 @@ def is_trained(path):
 def base_of(path, named=None):
     """The base that a checkpoint belongs to: as the user names it, else as the checkpoint does."""
     what = kind(path)
-    base = path if what == "base" else named or (read_config(path)["base"] if what == "trained" else None)
-    if base is None:
-        raise InputError(f"{path}: does not say which base it belongs to; name it with --model_name_or_path")
+    if what == "base" or named:
+        return path if what == "base" else named
+    name = {"trained": ("config.json", "base"), "adapter": ("adapter_config.json", "base_model_name_or_path")}.get(what)
+    base = name and read_json(os.path.join(path, name[0]), dict).get(name[1])
+    if not base or what == "adapter" and not os.path.isdir(base):       # peft writes names of the hub, too
+        raise InputError(f"{path}: does not say which base it belongs to{f' ({base} is no folder here)' if base else ''}; name it "
+                         "with --model_name_or_path")
     return base
 
 
 def tower_of(path, named=None):
-    """The vision tower to load with a checkpoint: as the user names it, else as the checkpoint does, else None."""
-    return named or (read_config(path).get("vision_tower") if kind(path) == "trained" else None)
+    """The vision tower to load with a checkpoint: as the user names it, else as one of ours does, else None."""
+    config = os.path.join(path, "config.json")
+    values = read_json(config, dict) if os.path.isfile(config) else {}
+    return named or (values.get("vision_tower") if values.get("model_type") == OURS else None)
+
+
+def adapter_config(info):
+    """What peft wants to know of an adapter. The pattern keeps it to LLaMA: CLIP's linears have the same names."""
+    arguments = info["arguments"]
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": info["base"], "inference_mode": True,
+            "r": arguments["lora_r"], "lora_alpha": arguments["lora_alpha"], "lora_dropout": arguments["lora_dropout"], "bias": "none",
+            "target_modules": rf"model\.layers\.\d+\.\w+\.({'|'.join(LINEARS)})", "fan_in_fan_out": False, "modules_to_save": None}
 
 
 def save_trained(folder, tensors, info, tokenizer):
@@ -223,16 +242,30 @@ def save_trained(folder, tensors, info, tokenizer):
     partial = folder.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    path = os.path.join(partial, "trained.safetensors")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
-    again = read_file(path)
-    bad = [k for k, v in tensors.items()
-           if k not in again or again[k].shape != v.shape or (v != 0).any() and not again[k].read().any()]
-    if bad or not tensors:
-        raise RuntimeError(f"{path}: what was written is not what was trained ({bad or 'nothing was trained'})")
+    lora = {"base_model.model." + k: v for k, v in tensors.items() if ".lora_" in k}            # the names that peft gives
+    head = {k: v for k, v in tensors.items() if ".lora_" not in k}
+    if not tensors:
+        raise RuntimeError(f"{folder}: nothing was trained")
+    for name, part in ((TRAINED_FILE, head), ("adapter_model.safetensors", lora)):
+        if part:
+            path = os.path.join(partial, name)
+            save_file({k: v.detach().cpu().contiguous() for k, v in part.items()}, path, {"format": "pt"})
+            again = read_file(path)
+            bad = [k for k, v in part.items()
+                   if k not in again or again[k].shape != v.shape or (v != 0).any() and not again[k].read().any()]
+            if bad:
+                raise RuntimeError(f"{path}: what was written is not what was trained ({bad})")
+    if lora:
+        write_json(os.path.join(partial, "adapter_config.json"), adapter_config(info))
     write_json(os.path.join(partial, "config.json"), {"model_type": OURS, **info})
     shutil.copyfile(tokenizer.path, os.path.join(partial, "tokenizer.model"))
     put_in_place(partial, folder)
+
+
+def read_trained(folder):
+    """A trained checkpoint's head → BlockConfig (or None), {our name: Stored}."""
+    block = read_config(folder).get("block")
+    return BlockConfig(**block) if block else None, read_file(os.path.join(folder, TRAINED_FILE))
 
 
 def load_trained(path, config, base_head, base_fingerprint, dtype=None, device="cpu"):
@@ -244,8 +277,7 @@ def load_trained(path, config, base_head, base_fingerprint, dtype=None, device="
         if info.get("fingerprint") != base_fingerprint:
             raise InputError(f"{path}: was trained on base {info.get('base')} (fingerprint {info.get('fingerprint')}), which is "
                              f"not the base given here ({base_fingerprint}); name the right one with --model_name_or_path")
-        block = BlockConfig(**info["block"]) if info.get("block") else None
-        tensors = read_file(os.path.join(path, "trained.safetensors"))
+        block, tensors = read_trained(path)
     with torch.device("meta"):
         head = Head(config, block)
     weight = base_head.lm_head.weight

@@ -11,6 +11,7 @@ never turns into control tokens (`</s>` typed by somebody stays text), the image
 and not in the model, and the shared part of chosen and rejected stands in a row once.
 """
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -296,11 +297,18 @@ class PackedDataset(torch.utils.data.Dataset):
 def batches_ahead(dataset, batches, num_workers):
     """The dataset's Batches of lists of indices, in order; worker processes prepare them while the caller computes."""
     return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=batches, num_workers=num_workers, collate_fn=as_is,
-                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if num_workers else None)
+                                       worker_init_fn=leave_signals_alone, pin_memory=torch.cuda.is_available(),
+                                       prefetch_factor=4 if num_workers else None)
 
 
 def as_is(batch):
     return batch
+
+
+def leave_signals_alone(worker):
+    """Ctrl-C reaches every process of a terminal; who finishes a step first (resume.py) still needs its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def spare_cores():

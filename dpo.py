@@ -2,7 +2,7 @@
 
 DPO (arXiv 2305.18290) needs four numbers of a pair: log pi(y_w|x), log pi(y_l|x) of the policy and of the reference.
 Here the rows are packed: answer tokens of both answers stand in one row, and `target_branch` says whose they are
-(1 = chosen, 2 = rejected, 0 = padding). HA-DPO (arXiv 2311.16839) uses the sigmoid loss with beta 0.1.
+(1 = chosen, 2 = rejected, 0 = padding). HA-DPO (arXiv 2311.16839) uses DPO's own loss, the sigmoid, with beta 0.1.
 
 Deliberately different from eric-mitchell/direct-preference-optimization: logits exist only at answer positions, and
 nothing here knows about models, padding ids or batches that are concatenated and split again.
@@ -25,15 +25,30 @@ def sequence_logps(logps, target_branch, num_branches=2):
     return (logps[:, :, None] * (target_branch[:, :, None] == branches)).sum(1)
 
 
-def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-    """DPO, eq. 7. All inputs (B,) in nats → losses (B,), chosen rewards (B,), rejected rewards (B,).
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, loss="dpo", label_smoothing=0.0):
+    """All inputs (B,) in nats → losses (B,), chosen rewards (B,), rejected rewards (B,).
 
-    A reward is beta * log(pi / pi_ref), the implicit reward below eq. 5 without its constant. At pi = pi_ref the loss
-    is ln 2 = 0.6931.
+    A reward is beta * log(pi / pi_ref), DPO's implicit reward (below its eq. 5) without its constant. `loss` is one of
+
+        dpo    -log sigmoid(margin)                     DPO, eq. 7; at pi = pi_ref it is ln 2 = 0.6931
+               with label_smoothing e: a label is wrong with probability e (Mitchell, "A note on DPO with noisy
+               preferences & relationship to IPO", 2023, eq. 3: conservative DPO)
+        ipo    (margin / beta - 1 / (2 beta))^2         IPO, arXiv 2310.12036, eq. 17 (its tau is beta; sums, not means)
+        hinge  max(0, 1 - margin)                       SLiC (arXiv 2305.10425) on rewards: RSO's hinge-norm, arXiv 2309.06657
+
+    where margin = chosen reward - rejected reward.
     """
     chosen_rewards = beta * (policy_chosen - reference_chosen)
     rejected_rewards = beta * (policy_rejected - reference_rejected)
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)                     # eq. 7
+    margin = chosen_rewards - rejected_rewards
+    if loss == "dpo":
+        losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    elif loss == "ipo":
+        losses = (margin / beta - 1 / (2 * beta)) ** 2
+    elif loss == "hinge":
+        losses = F.relu(1 - margin)
+    else:
+        raise ValueError(f"no such preference loss: {loss}")
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 

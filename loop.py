@@ -1,23 +1,26 @@
-"""The DeepSpeed side of training: configuration and batch arithmetic, the start, the loop over optimizer steps.
+"""The DeepSpeed side of training: configuration and batch arithmetic, the start, and the loop over optimizer steps.
 
     config = deepspeed_config(args, world_size, on_gpu)               # the user's file, checked and completed
     engine, *_ = deepspeed.initialize(model=objective, ...)
-    run_steps(engine, rows, steps, args, trained, folder)
+    run_steps(engine, rows, start, steps, args, trained, reference, interruptions, device, dtype)
 
 The loop only calls the engine's forward, backward and step, so that it is the same under every ZeRO stage.
 """
 import collections
+import itertools
 import json
 import math
 import os
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import ResumableSampler, batches_ahead
+from data import IGNORE, ResumableSampler, batches_ahead
 from readers import InputError, read_json
+from resume import read_latest, resume_command, save_state, say
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,6 +60,11 @@ def deepspeed_config(args, world_size, on_gpu):
     if args.bf16 is not None:
         config["bf16"] = {"enabled": args.bf16}
     config.setdefault("zero_allow_untested_optimizer", True)
+    if args.offload:
+        if not config.get("zero_optimization", {}).get("stage"):
+            raise InputError("--offload needs ZeRO stage 1, 2 or 3; name a configuration with one, e.g. --deepspeed ds_zero3.json")
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    config.setdefault("zero_force_ds_cpu_optimizer", False)          # DeepSpeed's own Adam would have to be compiled
     return config
 
 
@@ -95,56 +103,95 @@ def start_deepspeed():
     return deepspeed, dist.get_rank(), dist.get_world_size(), device
 
 
-def say(text):
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# Steps
 
 
-def run_steps(engine, rows, steps, args, trained, folder, device, dtype):
-    """The loop: forward, backward, step. Once per optimizer step the metrics go to bar, log and DeepSpeed's monitor."""
-    rank, world_size, global_batch = dist.get_rank(), dist.get_world_size(), engine.train_batch_size()
-    accumulation, gathered, step = engine.gradient_accumulation_steps(), [], 0
-    sampler = ResumableSampler(len(rows), steps, global_batch, engine.train_micro_batch_size_per_gpu(), rank, world_size, args.seed,
-                               lengths=rows.lengths())
-    loader = batches_ahead(rows, sampler, args.dataloader_num_workers)
-    os.makedirs(folder, exist_ok=True)
-    log = open(os.path.join(folder, "metrics.jsonl") if rank == 0 else os.devnull, "w")
-    bar = tqdm(total=steps, desc="training", unit="step", disable=rank != 0, mininterval=0.5)
-    began = time.perf_counter()
-    for micro, batch in enumerate(loader, start=1):
-        loss, metrics = engine(batch.to(device, dtype))
-        engine.backward(loss)
-        gathered.append(metrics)
-        if micro % accumulation:
-            engine.step()       # only counts
-            continue
-        if step == 0:
-            check_gradients(trained, engine)
-        learning_rate = engine.get_lr()[0]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
-        engine.step()
-        step += 1
-        values = torch.stack([torch.stack([m[name] for m in gathered]).float().mean() for name in gathered[0]])
-        dist.all_reduce(values)
-        values, gathered = dict(zip(gathered[0], (values / world_size).tolist())), []
-        if not math.isfinite(values["loss"]):
-            raise RuntimeError(f"the loss is {values['loss']} at step {step}; lower --learning_rate")
-        seconds, began = time.perf_counter() - began, time.perf_counter()
-        values |= {"learning_rate": learning_rate, "grad_norm": float(engine.get_global_grad_norm() or norm),
-                   "pairs_per_second": global_batch / seconds}
-        bar.update()
-        if step % args.logging_steps == 0 or step == steps:
-            log.write(json.dumps({"step": step, **values}) + "\n")
-            engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
-            shown = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accuracy"}
-            bar.set_postfix_str(" ".join(f"{shown[k]} {v:.3f}" for k, v in values.items() if k in shown), refresh=False)
-    bar.close()
-    log.close()
-    say(f"{steps} steps: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+def batches_of(engine, rows, steps, args, device, dtype, start=0):
+    """(ids, Batch on the device) of this rank's micro batches, from step `start` on."""
+    micro, total, rank = engine.train_micro_batch_size_per_gpu(), engine.train_batch_size(), dist.get_rank()
+    sampler = ResumableSampler(len(rows), steps, total, micro, rank, dist.get_world_size(), args.seed, start, rows.lengths())
+    return ((ids, batch.to(device, dtype)) for ids, batch in zip(sampler, batches_ahead(rows, sampler, args.dataloader_num_workers)))
+
+
+@torch.no_grad()
+def reference_logps(engine, rows, steps, args, device, dtype):
+    """What the model says before its first step, of every row that a step will ask for → (number of rows, 2), nats.
+
+    The micro batches are those of the first epoch, so that there policy and reference agree to the last bit at step 0.
+    """
+    path = os.path.join(args.output_dir + ".run", "reference.pt")
+    if os.path.isfile(path):
+        return torch.load(path, map_location=device)
+    table = torch.full((len(rows), 2), -math.inf, device=device)
+    steps = min(steps, math.ceil(len(rows) / engine.train_batch_size()))
+    count = steps * engine.gradient_accumulation_steps()
+    engine.eval()
+    for ids, batch in tqdm(batches_of(engine, rows, steps, args, device, dtype), "reference", count, unit="batch", leave=False,
+                           disable=dist.get_rank() != 0):
+        table[ids] = engine(batch)
+    engine.train()
+    dist.all_reduce(table, dist.ReduceOp.MAX)       # every rank has its own rows, -inf elsewhere
+    if dist.get_rank() == 0:
+        torch.save(table.cpu(), path + ".partial")
+        os.replace(path + ".partial", path)
+    return table
+
+
+def run_steps(engine, rows, start, steps, args, trained, reference, interruptions, device, dtype):
+    """The loop: forward, backward, step. Once per optimizer step the metrics go to bar, log and DeepSpeed's monitor.
+
+    start: steps already taken; reference: `reference_logps` or None; a Ctrl-C among the interruptions ends it with exit code 130.
+    """
+    rank, world_size, accumulation = dist.get_rank(), dist.get_world_size(), engine.gradient_accumulation_steps()
+    folder, recent = args.output_dir + ".run", collections.deque(maxlen=20)
+    micro_batches, noted = batches_of(engine, rows, steps, args, device, dtype, start), False
+    path, began = os.path.join(folder, "metrics.jsonl") if rank == 0 else os.devnull, time.perf_counter()
+    with (open(path, "a", buffering=1) as log,      # line by line
+          tqdm(total=steps, initial=start, desc="training", unit="step", disable=rank != 0, mininterval=0.5) as bar):
+        for step in range(start + 1, steps + 1):
+            torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))
+            batches, answer_tokens, seen = itertools.islice(micro_batches, accumulation), None, []
+            if engine.module.loss == "sft":             # the mean over all answer tokens of the global batch
+                batches = list(batches)
+                answer_tokens = sum((batch.target != IGNORE).sum() for _, batch in batches)
+                dist.all_reduce(answer_tokens)
+                answer_tokens = answer_tokens / (accumulation * world_size)         # the engine takes the mean of the micro batches
+            for n, (ids, batch) in enumerate(batches, start=1):
+                loss, metrics = engine(batch, answer_tokens, None if reference is None else reference[ids])
+                engine.backward(loss)
+                seen.append((ids, metrics))
+                if n < accumulation:
+                    engine.step()                       # only counts
+            if step == start + 1:
+                check_gradients(trained, engine)
+            values = torch.stack([torch.stack([m[name] for _, m in seen]).float().mean() for name in seen[0][1]])
+            dist.all_reduce(values)
+            values = dict(zip(seen[0][1], (values / world_size).tolist()))
+            check_loss(values["loss"], recent, step, seen, folder)
+            learning_rate = engine.get_lr()[0]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            engine.step()
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            values |= {"learning_rate": learning_rate, "grad_norm": float(engine.get_global_grad_norm() or norm),
+                       "pairs_per_second": engine.train_batch_size() / seconds}
+            bar.update()
+            if step % args.logging_steps == 0 or step == steps:
+                log.write(json.dumps({"step": step, **values}) + "\n")
+                engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
+                shown = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accuracy"}
+                bar.set_postfix_str(" ".join(f"{shown[k]} {v:.3f}" for k, v in values.items() if k in shown), refresh=False)
+            noted = torch.tensor(len(interruptions.noted), device=device)
+            dist.all_reduce(noted)                      # who heard it tells the others
+            if noted or args.save_steps and step % args.save_steps == 0:
+                save_state(engine, folder, step)
+            if noted:
+                break
+    if noted:
+        say(f"stopped after step {step} of {steps}; go on with: {resume_command(world_size)}")
+        raise SystemExit(130)
+    if start < steps:
+        say(f"{steps} steps: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 
 def check_gradients(trained, engine):
@@ -153,3 +200,20 @@ def check_gradients(trained, engine):
         without = [name for name, p in trained.items() if p.grad is None]
         if without:
             raise RuntimeError(f"trained tensors without a gradient: {', '.join(without)}")
+
+
+def check_loss(loss, recent, step, seen, folder):
+    """Before a step is taken: InputError when its loss is no number, or over 20 times the mean of the last 20 (at least 1)."""
+    limit = 20 * max(1, sum(recent) / len(recent)) if recent else math.inf
+    recent.append(loss)
+    if math.isfinite(loss) and loss <= limit:
+        return
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [(ids, float(metrics["loss"])) for ids, metrics in seen])
+    parts = [part for rank in parts for part in rank]
+    worst = [p for p in parts if not math.isfinite(p[1])] or [max(parts, key=lambda p: p[1])]
+    ids = [i for part in worst for i in part[0]]
+    latest = read_latest(folder)
+    raise InputError(f"the loss is {loss:g} at step {step}, from examples {', '.join(map(str, ids[:16]))}{' …' if len(ids) > 16 else ''} "
+                     "of the data; the step was not taken" + (f", and {os.path.join(folder, latest)} is the state before" if latest else "")
+                     + ": look at these examples, or lower --learning_rate")

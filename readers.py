@@ -33,7 +33,7 @@ class InputError(Exception):
 
 
 def run_program(main):
-    """Run a command-line program; what the user can cure ends it with one line and exit code 1, said by rank 0."""
+    """Run a command-line program; what the user can cure ends it with one line and exit code 1, said by rank 0; Ctrl-C with 130."""
     try:
         main()
     except InputError as e:
@@ -41,6 +41,9 @@ def run_program(main):
             # From a DataLoader worker it arrives behind a traceback of many lines.
             print(f"error: {str(e).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def progress(*args, **kwargs):

@@ -26,7 +26,7 @@ from readers import IMAGE, Example, InputError, read_image_index, read_json
 # Chosen on validation images; by stage.
 TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
         1: dict(learning_rate=[2e-3], num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
-TINY[2] = TINY[1] | dict(learning_rate=[1e-3])
+TINY |= {2: TINY[1] | dict(learning_rate=[1e-3]), "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1)}
 TINY_LLAVA = LlavaConfig(
     LlamaConfig(vocab_size=0, hidden_size=96, intermediate_size=240, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=4, max_position_embeddings=512),        # the vocabulary is the tokenizer's
@@ -50,11 +50,12 @@ def prepare_tiny_world(args, train, device):
     seed = read_json(os.path.join(world, "world.json"))["seed"]
     if seed != args.seed:
         raise InputError(f"{world}: was made with --seed {seed}, not {args.seed}; name another --output_dir, "
-                         f"e.g. out/seed{args.seed}/stage{args.stage}")
+                         f"e.g. out/seed{args.seed}/{os.path.basename(args.output_dir)}")
     args.data_path, args.image_folder = os.path.join(world, "llava", "train.json"), os.path.join(world, "llava", "images")
     if not os.path.isdir(base):
         train(argparse.Namespace(**vars(args) | TINY[0] | dict(
-            stage=0, model_name_or_path=untrained, output_dir=base, deepspeed=None, default_batch=32,
+            stage=0, tune=("projector", "llama", "lm_head"), loss="sft", block=["head"], init="identity",
+            model_name_or_path=untrained, output_dir=base, deepspeed=None, offload=False, default_batch=32,
             per_device_train_batch_size=None, gradient_accumulation_steps=None, max_steps=args.tiny_base_steps)))
     hadpo = os.path.join(world, "hadpo")
     if first and not os.path.isdir(hadpo):

@@ -1,23 +1,24 @@
-"""Train LLaVA-1.5 against hallucination: a hand-written DeepSpeed loop around one forward that is one loss.
+"""Train LLaVA-1.5 against hallucination: from flags and files to a trained checkpoint, one run or a sweep.
 
     deepspeed train.py --stage 2                                    # the tiny world: no files needed, minutes on a CPU
     deepspeed train.py --stage 1 --model_name_or_path llava-v1.5-7b --vision_tower clip-vit-large-patch14-336 \\
         --vg_path VG --desc_data_path desc_data.json --pope_data_path pope_data.json --deepspeed ds_zero3.json
-
-    stage 0    supervised training of projector, LLaMA and lm_head on LLaVA conversations (makes the tiny world's base)
-    stage 1    DPO of the post-interaction block
-    stage 2    DPO of block and lm_head, from stage 1's result if there is one beside the output folder, else from identity
-
     deepspeed train.py --stage 1 --block full,no_cross_attn --learning_rate 2e-7 5e-7 1e-6      # a sweep: six runs
+    deepspeed train.py --lora_r 128 --lora_alpha 256 --gradient_checkpointing …                 # HA-DPO itself
+    deepspeed train.py --tune post_decoder --loss sft --data_path llava.json --image_folder images …
 
-A sweep loads the base once, passes it once over the data, and leaves a checkpoint per run, e.g. out/stage1-full-5e-07.
+    --tune     groups of tensors: clip, projector, llama, post_decoder, lm_head, lora; what is not named is frozen
+    --stage    names for three choices: 0 supervised projector,llama,lm_head (makes the tiny world's base);
+               1 DPO of post_decoder; 2 DPO of post_decoder,lm_head, from stage 1's result if there is one beside the output
+    --loss     sft on LLaVA conversations; dpo, ipo or hinge (dpo.py) on HA-DPO's pairs
 
 Without --model_name_or_path everything is tiny: the world, its vision tower, its base model and the preference data mined
 from that base's mistakes are made once, beside --output_dir, and found again. A run writes --output_dir (checkpoint.py)
-with `metrics.jsonl`, one line per optimizer step, and `training.svg`, the same to look at (plots.py).
+with `metrics.jsonl`, one line per optimizer step, and `training.svg`, the same to look at (plots.py); a run that was
+interrupted goes on with --resume (resume.py).
 
-HA-DPO (arXiv 2311.16839) with the direct loss instead of the HF Trainer. Deliberately different: the trunk is frozen in
-stages 1 and 2, so policy and reference share its one pass, and nothing else is loaded for the reference.
+HA-DPO (arXiv 2311.16839) with the direct loss instead of the HF Trainer. Deliberately different: no reference model is
+loaded (objective.py).
 """
 import argparse
 import copy
@@ -25,92 +26,32 @@ import itertools
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall for seconds where cores are shared
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from checkpoint import fingerprint, is_trained, load_base, load_trained, save_base, save_trained
-from data import IGNORE, ImageProcessor, PackedDataset, Tokenizer, check_images, spare_cores
-from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
+from data import ImageProcessor, PackedDataset, Tokenizer, check_images, spare_cores
 from features import keep_features
-from loop import cosine, deepspeed_config, run_steps, say, start_deepspeed
-from model import Head, Trunk, answer_states
+from loop import cosine, deepspeed_config, reference_logps, run_steps, start_deepspeed
+from lora import add_lora
+from model import Head, Trunk
+from objective import GROUPS, TRUNK, Objective, checkpoint_layers, set_trained
 from plots import draw_training, read_run
 from post_decoder import VARIANTS, PostInteractionBlock
 from readers import InputError, image_paths, read_hadpo, read_llava, run_program
+from resume import Interruptions, begin, discard, is_finished, load_state, say
 from tiny import TINY, prepare_tiny_world
 
 STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}
-# Defaults by stage with a real model: the training notes' and LLaVA's. The tiny world's are in tiny.py.
+# Defaults with a real model: LLaVA's for supervised training (0), the training notes' for the head (1, 2), HA-DPO's for
+# DPO of the trunk. The tiny world's are in tiny.py.
 REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),
         1: dict(learning_rate=[5e-7], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
-REAL[2] = REAL[1]
-MONITORED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen",
-             "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "nll")
-
-
-class Objective(nn.Module):
-    """What the engine wraps. `forward(batch)` → loss, {name: scalar}: the only place where loss and model meet."""
-
-    def __init__(self, trunk, head, loss, beta, sft_weight):
-        super().__init__()
-        self.trunk, self.head, self.loss, self.beta, self.sft_weight = trunk, head, loss, beta, sft_weight
-        self.block = head.block
-        if loss == "dpo":
-            self.reference = reference_of(head)
-
-    def logps(self, head, states, batch):
-        """Log-probability of every answer token, (B, A); 0 at padding. Logits exist only for answer tokens."""
-        wanted = batch.target != IGNORE
-        logps = token_logps(head(*states, wanted), batch.target[wanted])                            # (number of answer tokens,)
-        return torch.zeros(wanted.shape, device=logps.device).masked_scatter(wanted, logps)
-
-    def forward(self, batch):
-        hidden, context = batch.hidden, batch.features
-        if hidden is None:
-            with torch.set_grad_enabled(any(p.requires_grad for p in self.trunk.parameters())):
-                hidden, features = self.trunk(batch)
-                context = self.trunk.image_context(self.block, features)
-        states = answer_states(self.head, hidden, context, batch)
-        logps = self.logps(self.head, states, batch)
-        if self.loss == "sft":
-            loss = -logps.sum() / (batch.target != IGNORE).sum()                                    # per token, as LLaVA's
-            return loss, {"loss": loss.detach()}
-        chosen, rejected = sequence_logps(logps, batch.target_branch).unbind(1)                     # (B,)
-        with torch.no_grad():
-            reference_chosen, reference_rejected = sequence_logps(self.logps(self.reference, states, batch), batch.target_branch).unbind(1)
-        losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self.beta)
-        nll = mean_nll(logps, batch.target_branch == CHOSEN).mean()
-        loss = losses.mean() + self.sft_weight * nll if self.sft_weight else losses.mean()
-        values = (loss, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
-                  (chosen_rewards > rejected_rewards).float(), chosen, rejected, reference_chosen, reference_rejected, nll)
-        return loss, {name: value.detach().mean() for name, value in zip(MONITORED, values)}
-
-
-def reference_of(head):
-    """A frozen copy of the head as it is now. What is not trained is shared, and an identity block is left out."""
-    reference = copy.deepcopy(head).requires_grad_(False)
-    if not head.lm_head.weight.requires_grad:
-        reference.lm_head = head.lm_head
-    if head.block and head.post_interaction_block.is_identity():
-        reference.post_interaction_block = None
-    return reference
-
-
-def set_trained(trunk, head, groups):
-    """Freeze everything but the named groups. Returns {public name: parameter} of what is trained."""
-    modules = {"clip": [trunk.vision_tower], "projector": [trunk.model.mm_projector],
-               "llama": [trunk.model.embed_tokens, trunk.model.layers, trunk.model.norm],
-               "post_decoder": [head.post_interaction_block] if head.block else [], "lm_head": [head.lm_head]}
-    for module in (trunk, head):
-        module.requires_grad_(False)
-    for group in groups:
-        for module in modules[group]:
-            module.requires_grad_(True)
-    return {name: p for module in (trunk, head) for name, p in module.named_parameters() if p.requires_grad}
+REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,13 +77,13 @@ def initial_head(args, base):
     """The head that a run starts from, a copy → Head, what to call it, whether an lm_head of its own came with --init."""
     torch.manual_seed(args.seed)
     parameter = base.head.lm_head.weight
-    if args.stage and args.init != "identity":
+    if args.init != "identity":
         head = load_trained(args.init, base.trunk.config, base.head, base.fingerprint, parameter.dtype, parameter.device)
         return copy.deepcopy(head), args.init, head.lm_head is not base.head.lm_head
     head = copy.deepcopy(base.head)
-    if args.stage and head.block:
+    if head.block:
         return head, "the base's own block", False
-    if args.stage and args.block != "head":
+    if args.block != "head":
         block = PostInteractionBlock(base.trunk.config.block(**VARIANTS[args.block]))
         head.post_interaction_block = block.to(parameter.device, parameter.dtype)
         return head, "an identity block", False
@@ -163,18 +104,22 @@ def train(args):
     deepspeed, rank, world_size, device = start_deepspeed()
     config = deepspeed_config(args, world_size, device.type == "cuda")
     dtype = torch.bfloat16 if config["bf16"].get("enabled") else torch.float32
-    if args.stage == 0:
+    if args.loss == "sft":
         examples = read_llava(args.data_path, args.image_folder)
     else:
         examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path, args.keep_correct, args.seed)
     if not examples:
         raise InputError("the data hold no examples; with --keep_correct also rows that the base answered right are used")
     check_images(image_paths(examples))
-    base, runs = load(args, dtype, device), combinations(args)
+    runs = [run for run in combinations(args) if not (args.resume and is_finished(run))]
+    if not runs:
+        return
+    base = load(args, dtype, device)
     vision = base.trunk.config.vision
-    dataset = PackedDataset(examples, base.tokenizer, base.preprocess, vision.num_patches, base.trunk.config.max_length)
+    dataset = PackedDataset(examples, base.tokenizer, base.preprocess, vision.num_patches, base.trunk.config.max_length,
+                            always_image=True)      # every process runs the tower in every step, and projector and tower learn
     rows = {run.output_dir: dataset for run in runs}
-    if args.cache_features and args.stage:
+    if args.cache_features and not TRUNK & set(args.tune):
         kept = {}       # by what a block reads: its image source, and whether it attends to the row itself
         for run in runs:
             block = initial_head(run, base)[0].block
@@ -192,49 +137,59 @@ def train(args):
 def train_one(deepspeed, args, config, base, rows, device, dtype):
     """One run: head, objective, optimizer, engine, steps, checkpoint."""
     head, start, brought = initial_head(args, base)
-    trained = set_trained(base.trunk, head, STAGES[args.stage])
+    if "lora" in args.tune:
+        add_lora(base.trunk.model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    trained = set_trained(base.trunk, head, args.tune)
     trunk = base.trunk if isinstance(rows, PackedDataset) else None
-    objective = Objective(trunk, head, "sft" if args.stage == 0 else "dpo", args.beta, args.sft_weight)
+    if trunk and args.gradient_checkpointing:
+        checkpoint_layers(trunk.model)
+    objective = Objective(trunk, head, args.loss, args.beta, args.sft_weight, args.label_smoothing)
     global_batch, zero_stage = config["train_batch_size"], config.get("zero_optimization", {}).get("stage", 0)
     steps = args.max_steps or math.ceil(args.num_train_epochs * len(rows) / global_batch)
     warmup = math.ceil(args.warmup_ratio * steps)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, warmup))
-    say(f"stage {args.stage} from {start}: {len(trained)} tensors trained ({', '.join(STAGES[args.stage])}, "
-        f"{sum(p.numel() for p in trained.values()):,} numbers); {len(rows):,} examples, {steps} steps of {global_batch} = "
-        f"{config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × {dist.get_world_size()}, "
-        f"learning rate {args.learning_rate:g}, {str(dtype).removeprefix('torch.')}, ZeRO-{zero_stage}")
+    facts = {"base": base.fingerprint, "examples": len(rows), "steps": steps, "global batch": global_batch, "ZeRO stage": zero_stage,
+             "dtype": str(dtype).removeprefix("torch."), "gradient_clipping": config.get("gradient_clipping", 0)}
+    state = begin(args, facts)
+    say(f"{args.loss if args.stage is None else f'stage {args.stage}'} from {start}: {len(trained)} tensors trained "
+        f"({', '.join(args.tune)}, {sum(p.numel() for p in trained.values()):,} numbers); {len(rows):,} examples, {steps} steps of "
+        f"{global_batch} = {config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × "
+        f"{dist.get_world_size()}, learning rate {args.learning_rate:g}, {facts['dtype']}, ZeRO-{zero_stage}")
     engine, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)
-    folder = args.output_dir + ".run"
-    run_steps(engine, rows, steps, args, trained, folder, device, dtype)
-    # What is not the base's own: what is trained now, and what --init brought along.
-    ours = {name for name in head.state_dict() if name in trained or brought or name.startswith("post_interaction_block.")}
-    save(deepspeed, args, base, head, ours, steps, folder, zero_stage)
-    engine.destroy()
+    reference = reference_logps(engine, rows, steps, args, device, dtype) if objective.needs_table else None
+    first = load_state(engine, args.output_dir + ".run", state) if state else 0
+    with Interruptions() as interruptions:
+        run_steps(engine, rows, first, steps, args, trained, reference, interruptions, device, dtype)
+        # What is not the base's own: what is trained now, and what --init brought along.
+        ours = {name for name in head.state_dict() if brought or name.startswith("post_interaction_block.")} | set(trained)
+        save(deepspeed, args, base, head, ours, steps, zero_stage)
+        engine.destroy()
+    if interruptions.noted:
+        raise SystemExit(130)           # between two runs of a sweep
 
 
-def save(deepspeed, args, base, head, ours, steps, folder, zero_stage):
-    """Gather the tensors named in `ours` (stage 0: all), one at a time, and let rank 0 write them."""
+def save(deepspeed, args, base, head, ours, steps, zero_stage):
+    """Gather the tensors named in `ours`, one at a time, and let rank 0 write them; a changed trunk as a whole model."""
     parameters = dict(base.trunk.named_parameters()) | dict(head.named_parameters())
-    wanted = [n for n in parameters if args.stage == 0 or n in ours]
-    tensors = {}
-    for name in wanted:
+    whole, tensors = bool(TRUNK - {"lora"} & set(args.tune)), {}
+    for name in parameters if whole else [n for n in parameters if n in ours]:
         with deepspeed.zero.GatheredParameters([parameters[name]], enabled=zero_stage == 3):
             if dist.get_rank() == 0:
                 tensors[name] = parameters[name].detach().cpu().clone()
     if dist.get_rank() == 0:
-        if args.stage == 0:
-            save_base(args.output_dir, base.trunk, head, base.tokenizer, tensors)
+        if whole:
+            save_base(args.output_dir, base.trunk, head, base.tokenizer, tensors, base.preprocess)
         else:
             info = {"stage": args.stage, "base": args.model_name_or_path, "vision_tower": args.vision_tower,
                     "fingerprint": base.fingerprint, "block": asdict(head.block) if head.block else None, "steps": steps,
-                    "arguments": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}}
+                    "arguments": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if v is not None}}
             save_trained(args.output_dir, tensors, info, base.tokenizer)
         metrics = os.path.join(args.output_dir, "metrics.jsonl")
-        os.replace(os.path.join(folder, "metrics.jsonl"), metrics)
+        shutil.copyfile(os.path.join(args.output_dir + ".run", "metrics.jsonl"), metrics)
         with open(os.path.join(args.output_dir, "training.svg"), "w", encoding="utf-8") as file:
             file.write(draw_training([metrics, *args.plot]))
-        os.rmdir(folder)
+        discard(args.output_dir + ".run")
     dist.barrier()
 
 
@@ -254,13 +209,19 @@ def names_of(*allowed):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("what is trained")
-    group.add_argument("--stage", type=int, choices=STAGES, default=2, help="0 supervised base, 1 block, 2 block and lm_head")
+    group.add_argument("--stage", type=int, choices=STAGES, help="0 supervised base, 1 block, 2 block and lm_head; default 2")
+    group.add_argument("--tune", type=names_of(*GROUPS), help=f"instead of a stage: groups out of {','.join(GROUPS)}")
+    group.add_argument("--block", type=names_of("head", *VARIANTS), help="the block's variant, or several (a,b,c), a run each; "
+                       "head = no block; default: full where post_decoder is tuned")
     group.add_argument("--init", help="trained checkpoint to start from, or identity; default for stage 2: stage1 beside "
                        "--output_dir, if there is one")
-    group.add_argument("--block", type=names_of("head", *VARIANTS), default="full",
-                       help="the block's variant, or several (a,b,c), a run each; head = no block")
-    group.add_argument("--beta", type=float, default=0.1, help="DPO's beta")
-    group.add_argument("--sft_weight", type=float, help="weight of the chosen answer's mean NLL beside the DPO loss")
+    group.add_argument("--loss", choices=["sft", "dpo", "ipo", "hinge"], help="default: sft for stage 0, else dpo")
+    group.add_argument("--beta", type=float, default=0.1, help="of dpo, ipo and hinge")
+    group.add_argument("--label_smoothing", type=float, default=0.0, help="conservative DPO: the share of wrong labels")
+    group.add_argument("--sft_weight", type=float, help="weight of the chosen answer's mean NLL beside a preference loss")
+    group.add_argument("--lora_r", type=int, help="rank; without --tune: HA-DPO, that is --tune lora; default 128")
+    group.add_argument("--lora_alpha", type=float, default=256)
+    group.add_argument("--lora_dropout", type=float, default=0.05)
     group = parser.add_argument_group("model and data (none of these: the tiny world)")
     group.add_argument("--model_name_or_path", help="base model, a folder in LLaVA's layout")
     group.add_argument("--vision_tower", help="CLIP's folder, if config.json's mm_vision_tower is no local path")
@@ -268,7 +229,7 @@ def parse(argv=None):
     group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json")
     group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
     group.add_argument("--keep_correct", action=argparse.BooleanOptionalAction, help="use also POPE rows that the base answered right")
-    group.add_argument("--data_path", help="LLaVA conversation JSON (stage 0)")
+    group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
     group.add_argument("--image_folder", default="", help="its images")
     group.add_argument("--cache_features", help="folder in which the frozen trunk's outputs are kept and found again")
     group = parser.add_argument_group("optimisation")
@@ -285,6 +246,10 @@ def parse(argv=None):
     group.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: what the DeepSpeed file says, "
                        "or bf16 on a GPU and fp32 on a CPU")
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, global batch 128")
+    group.add_argument("--offload", action="store_true", help="ZeRO 1 to 3: the optimizer's state and step on the CPU")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="where the trunk is trained: less memory, a third slower")
+    group.add_argument("--save_steps", type=int, help="optimizer steps between saved states, which --resume goes on from")
+    group.add_argument("--resume", action="store_true", help="go on from the last saved state in OUTPUT_DIR.run")
     group.add_argument("--logging_steps", type=int, default=1)
     group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
                        help="metrics.jsonl of other runs, drawn with this one's in OUTPUT_DIR/training.svg")
@@ -295,12 +260,12 @@ def parse(argv=None):
     group.add_argument("--tiny_base_steps", type=int, help="for tests: steps of stage 0 in the tiny world")
     args = parser.parse_args(argv)
     tiny = args.model_name_or_path is None
-    for name, value in (TINY if tiny else REAL)[args.stage].items():
+    settle(args)
+    recipe = 0 if args.loss == "sft" and TRUNK & set(args.tune) else "trunk" if TRUNK & set(args.tune) else args.stage or \
+        (2 if "lm_head" in args.tune else 1)
+    for name, value in (TINY if tiny else REAL)[recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.output_dir = (args.output_dir or f"out/stage{args.stage}").rstrip("/")
-    if args.stage == 1 and "head" in args.block:
-        raise InputError("--block head leaves stage 1 nothing to train; --stage 2 trains lm_head")
     beside = os.path.join(os.path.dirname(args.output_dir), "stage1")
     args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else "identity")
     args.default_batch, args.default_micro = 128, 128 if tiny else 4
@@ -309,10 +274,10 @@ def parse(argv=None):
     sweep = len(args.block) * len(args.learning_rate) > 1
     if (tiny or sweep) and args.cache_features is None:
         args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
-    needed = ("data_path",) if args.stage == 0 else ("vg_path", "desc_data_path", "pope_data_path")
+    needed = ("data_path",) if args.loss == "sft" else ("vg_path", "desc_data_path", "pope_data_path")
     for name in () if tiny else needed:
         if not getattr(args, name):
-            raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) stage {args.stage} needs "
+            raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) --loss {args.loss} needs "
                              + ", ".join(f"--{n}" for n in needed))
         if not os.path.exists(getattr(args, name)):
             raise InputError(f"--{name} {getattr(args, name)}: no such file or folder")
@@ -323,6 +288,34 @@ def parse(argv=None):
     if args.init != "identity" and len(args.block) > 1:
         raise InputError(f"--block names {len(args.block)} variants, but --init {args.init} brings its block along; say --init identity")
     return args
+
+
+def settle(args):
+    """What --stage, --tune, --block, --loss and --lora_r mean together."""
+    def refuse(when, text):
+        if when:
+            raise InputError(text)
+
+    refuse(args.stage is not None and (args.tune or args.lora_r), f"--stage {args.stage} is a name for a choice of --tune and has no "
+           "LoRA: leave it out, or --tune and --lora_r")
+    if args.tune is None and args.lora_r:
+        args.tune = ["lora", "post_decoder"] if args.block and args.block != ["head"] else ["lora"]
+    elif args.tune is None:
+        args.stage = 2 if args.stage is None else args.stage
+    args.tune = tuple(g for g in GROUPS if g in (args.tune or STAGES[args.stage]))
+    args.loss = args.loss or ("sft" if args.stage == 0 else "dpo")
+    if "lora" in args.tune:
+        refuse(len(TRUNK & set(args.tune)) > 1, f"--tune {','.join(args.tune)}: beside lora only post_decoder and lm_head can be trained")
+        args.lora_r = args.lora_r or 128
+    refuse(args.lora_r and "lora" not in args.tune, f"--lora_r {args.lora_r}: --tune does not name lora; add it")
+    args.block = args.block or ["full" if "post_decoder" in args.tune else "head"]
+    refuse(set(args.tune) == {"post_decoder"} and "head" in args.block,
+           "--block head leaves nothing to train; add lm_head (--stage 2) or another group to --tune")
+    refuse(args.block != ["head"] and "post_decoder" not in args.tune,
+           f"--block {','.join(args.block)}: a block that is not trained stays the identity; add post_decoder to --tune")
+    refuse(args.label_smoothing and (args.loss != "dpo" or not 0 <= args.label_smoothing < 0.5),
+           f"--label_smoothing {args.label_smoothing:g}: belongs to --loss dpo, and lies between 0 and 0.5")
+    args.output_dir = (args.output_dir or f"out/{'-'.join(args.tune) if args.stage is None else f'stage{args.stage}'}").rstrip("/")
 
 
 def main():

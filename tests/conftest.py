@@ -14,6 +14,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""        # the suite proves numbers in fp3
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -131,3 +132,33 @@ def succeeds(*command, cwd=ROOT):
     done = shell(*command, cwd=cwd)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+@pytest.fixture(scope="session")
+def in_this_process():
+    """DeepSpeed as one process, here, so that a run's modules can be looked at afterwards. It cannot be started twice."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(),
+                                DS_ACCELERATOR="cpu").items():
+            monkeypatch.setenv(name, str(value))
+        yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_train(*flags):
+    """train.py in this process: needs `in_this_process`. Returns its arguments."""
+    import train
+    args = train.parse([str(flag) for flag in flags])
+    train.train(args)
+    return args
+
+
+def run_many(processes, folder, *commands):
+    """Several command lines of train.py, one after the other in one start of so many processes: starting takes longest."""
+    script = folder / "many.py"
+    script.write_text(f"import json, sys\nsys.path.insert(0, {ROOT!r})\nimport train\nfrom readers import run_program\n"
+                      "def main():\n    for flags in json.load(open(sys.argv[1])):\n        train.train(train.parse(flags))\n"
+                      "run_program(main)\n")
+    (folder / "many.json").write_text(json.dumps([[str(flag) for flag in flags] for flags in commands]))
+    return succeeds("torchrun", "--nproc_per_node", processes, script, folder / "many.json")

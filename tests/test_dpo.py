@@ -1,6 +1,8 @@
 """dpo.py against numbers worked out by hand."""
 import math
 
+import numpy as np
+import pytest
 import torch
 from conftest import largest_difference
 
@@ -35,6 +37,41 @@ def test_gradient_and_extremes():
     # A margin of -200: exp(200) is no fp32 number, the loss is 200 all the same.
     losses, *_ = dpo_loss(torch.tensor([-2000.]), torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=0.1)
     assert losses.item() == 200
+
+
+MARGINS = np.array([-9., -1., -1e-3, 0., 0.3, 1., 4., 30.])     # chosen reward - rejected reward, at beta 0.5
+FORMULAS = {  # (loss, label_smoothing): the loss of a margin, written out
+    ("dpo", 0.0): lambda m, beta: np.log1p(np.exp(-m)),
+    ("dpo", 0.2): lambda m, beta: 0.8 * np.log1p(np.exp(-m)) + 0.2 * np.log1p(np.exp(m)),
+    ("ipo", 0.0): lambda m, beta: (m / beta - 0.5 / beta) ** 2,
+    ("hinge", 0.0): lambda m, beta: np.maximum(0, 1 - m),
+}
+
+
+@pytest.mark.parametrize("loss, smoothing", FORMULAS)
+def test_losses_against_their_formulas(loss, smoothing):
+    """Values in fp64, and gradients against differences of the formula; the reference's share of a margin counts as the policy's."""
+    formula, beta = FORMULAS[loss, smoothing], 0.5
+    chosen, rejected, reference_rejected = torch.tensor(MARGINS / beta - 7, requires_grad=True), torch.full((8,), -11., dtype=torch.float64), -13.
+    reference_chosen = -7. - (-11. - reference_rejected)                        # chosen - its reference - 2 = margin / beta
+    losses, *rewards = dpo_loss(chosen, rejected, torch.tensor(reference_chosen), torch.tensor(reference_rejected), beta, loss, smoothing)
+    assert largest_difference("margins", rewards[0] - rewards[1], MARGINS) < 1e-12
+    assert largest_difference(f"{loss} {smoothing}", losses, formula(MARGINS, beta)) < 1e-12
+    gradient, = torch.autograd.grad(losses.sum(), chosen)
+    slope = (formula(MARGINS + 1e-6, beta) - formula(MARGINS - 1e-6, beta)) / 2e-6 * beta
+    smooth = MARGINS != 1 if loss == "hinge" else MARGINS == MARGINS             # the hinge has a corner there
+    assert largest_difference("gradient", gradient[smooth], slope[smooth]) < 1e-6
+
+
+def test_where_each_loss_is_content():
+    """Minimum over the margin: conservative DPO at log((1 - e) / e), IPO at 1 / 2, the hinge from 1 on, DPO nowhere."""
+    m = torch.linspace(-20, 20, 400001, dtype=torch.float64)
+    zero = torch.zeros(())
+    best = lambda loss, e=0.0: m[dpo_loss(m / 0.1, zero, zero, zero, 0.1, loss, e)[0].argmin()]
+    assert largest_difference("cDPO", best("dpo", 0.1), math.log(9)) < 1e-4 and largest_difference("IPO", best("ipo"), 0.5) < 1e-4
+    assert largest_difference("hinge", best("hinge"), 1) < 1e-4 and best("dpo") == 20
+    with pytest.raises(ValueError):
+        dpo_loss(zero, zero, zero, zero, 0.1, "none such")
 
 
 def test_token_logps_by_hand():

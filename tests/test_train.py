@@ -12,18 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import ROOT, dpo_flags, free_port, largest_difference, load_json, preference_rows, shake, succeeds
+from conftest import ROOT, dpo_flags, largest_difference, load_json, preference_rows, run_many, run_train, shake, succeeds
 
 import train
 from checkpoint import fingerprint, load_base, load_trained, read_file
-from data import ImageProcessor, InputError, PackedDataset, ResumableSampler
+from data import ImageProcessor, PackedDataset, ResumableSampler
 from features import keep_features
 from loop import cosine, deepspeed_config
 from model import Head
+from objective import Objective, set_trained
 from post_decoder import VARIANTS
-from readers import read_llava
-from train import STAGES, Objective, set_trained
+from readers import InputError, read_hadpo, read_llava
+from train import STAGES
 
 SOME = [5, 17, 2, 40, 41, 90, 146]       # rows of the preference data: question pairs, and (from 144 on) a description
 
@@ -83,6 +83,38 @@ def test_sft_weight_adds_the_chosen_answers_nll(world):
     tokens = (batch.target_branch == 1).sum(1)
     nll = -(torch.stack(alone) / tokens).mean()                                  # mean per token, then over the pairs
     assert largest_difference("weighted loss", weighted, plain + 0.5 * nll) < 1e-5
+
+
+@pytest.mark.parametrize("groups", (("clip",), ("projector",), ("llama",), ("post_decoder",), ("lm_head",), ("clip", "projector", "post_decoder")))
+@pytest.mark.parametrize("loss", ("sft", "dpo"))
+def test_every_group_can_be_trained_by_every_loss(world, groups, loss):
+    trunk, head = base_and_head(world, "full", zero_init=False)
+    rows = preference_rows(world, trunk)
+    if loss == "sft":
+        rows = PackedDataset(read_llava(world.llava, world.images), rows.tokenizer, rows.preprocess, rows.num_patches, rows.max_length)
+    trained = set_trained(trunk, head, groups)
+    prefixes = {"clip": "vision_tower.", "projector": "model.mm_projector.", "llama": ("model.embed", "model.layers", "model.norm"),
+                "post_decoder": "post_interaction_block.", "lm_head": "lm_head."}
+    named = dict(trunk.named_parameters()) | dict(head.named_parameters())
+    assert set(trained) == {n for n in named if any(n.startswith(prefixes[g]) for g in groups)}
+    objective = Objective(trunk, head, loss)
+    loss, _ = objective(rows[SOME[:-1]], reference=torch.full((len(SOME) - 1, 2), -20.0))
+    loss.backward()
+    assert [n for n, p in named.items() if p.grad is not None and p.grad.any()] == [n for n in named if n in trained]
+
+
+def test_sft_loss_is_the_mean_over_the_answer_tokens_given(world):
+    trunk, head = base_and_head(world, None)
+    rows = preference_rows(world, trunk)
+    rows = PackedDataset(read_llava(world.llava, world.images), rows.tokenizer, rows.preprocess, rows.num_patches, rows.max_length)
+    objective, batch = Objective(trunk, head, "sft"), rows[SOME[:-1]]
+    hidden, _ = trunk(batch)
+    nll = torch.nn.functional.cross_entropy(head.lm_head(hidden[torch.arange(len(hidden))[:, None], batch.source]).transpose(1, 2),
+                                            batch.target, ignore_index=-100, reduction="none")
+    tokens = (batch.target != -100).sum()
+    assert largest_difference("mean", objective(batch)[0], nll.sum() / tokens) < 1e-5
+    parts = [objective(rows[part], answer_tokens=tokens)[0] for part in (SOME[:3], SOME[3:-1])]
+    assert largest_difference("sum of two parts", sum(parts), objective(batch)[0]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,14 +215,14 @@ def test_cosine():
     assert cosine(0, 5, 0) == 1
 
 
-def configured(tmp_path, content, micro, accumulation=None, processes=1):
+def configured(tmp_path, content, micro, accumulation=None, processes=1, offload=False):
     path = None
     if content is not None:
         path = str(tmp_path / "ds.json")
         with open(path, "w") as file:
             json.dump(content, file)
     args = train.parse([])
-    args.deepspeed, args.per_device_train_batch_size, args.gradient_accumulation_steps = path, micro, accumulation
+    args.deepspeed, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.offload = path, micro, accumulation, offload
     return deepspeed_config(args, processes, False)
 
 
@@ -225,6 +257,14 @@ def test_micro_batch_follows_from_the_number_of_processes(tmp_path):
                                                     ({"train_batch_size": 12}, None, 2, 6),
                                                     ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, None, 1, 3)):
         assert configured(tmp_path, content, None, accumulation, processes)["train_micro_batch_size_per_gpu"] == micro
+
+
+def test_offload_only_when_asked_for(tmp_path):
+    for content, offload in (({"zero_optimization": {"stage": 2}}, True), ({"zero_optimization": {"stage": 2}}, False)):
+        config = configured(tmp_path, content, 4, offload=offload)
+        assert ("offload_optimizer" in config["zero_optimization"]) is offload and config["zero_force_ds_cpu_optimizer"] is False
+    with pytest.raises(InputError, match="--offload needs ZeRO stage 1, 2 or 3"):
+        configured(tmp_path, None, 4, offload=True)
 
 
 def test_the_shipped_configuration_is_plain(tmp_path):
@@ -284,6 +324,49 @@ def test_zero3_on_two_processes_follows_zero0_on_one(runs):
     assert max(largest_difference(key, stored.read(), tensors[1][key].read()) for key, stored in tensors[0].items()) < 1e-2
 
 
+MATRIX = [(stage, offload, processes) for stage in (0, 1, 2, 3) for offload in (False, True) for processes in (1, 2) if stage or not offload]
+
+
+@pytest.fixture(scope="module")
+def matrix(world, tmp_path_factory):
+    """The trunk's LoRA, the block and lm_head, three steps, under every ZeRO stage, on one and two processes → folder."""
+    folder, commands = tmp_path_factory.mktemp("matrix"), {1: [], 2: []}
+    for stage, offload, processes in MATRIX:
+        config = folder / f"zero{stage}.json"
+        config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}}))
+        commands[processes].append(["--tune", "lora,post_decoder,lm_head", "--lora_r", 4, "--lora_dropout", 0, "--learning_rate", 1e-2,
+                                    "--max_steps", 3, "--keep_correct", "--per_device_train_batch_size", 2, "--deepspeed", config, *dpo_flags(world),
+                                    *["--offload"] * offload, "--output_dir", folder / f"{stage}-{offload}-{processes}"])
+    for processes, typed in commands.items():
+        run_many(processes, folder, *typed)
+    return folder
+
+
+@pytest.mark.parametrize("stage, offload, processes", MATRIX)
+def test_every_zero_stage_gives_the_same_losses(matrix, stage, offload, processes):
+    """ZeRO 0 to 3, optimizer on the CPU or not, one process or two, accumulation 4 or 2: the same global batches, 1e-5 of each other."""
+    reference, ours = logged(matrix, "0-False-1"), logged(matrix, f"{stage}-{offload}-{processes}")
+    for name in ("loss", "rewards/margin", "logps/chosen", "grad_norm"):
+        expected = [row[name] for row in reference]
+        assert largest_difference(name, [row[name] for row in ours], expected) < 1e-5 * max(10, np.abs(expected).max())
+    assert len({row["loss"] for row in ours}) == 3
+
+
+def test_text_only_batches_under_zero3(world, tmp_path):
+    """Conversations without an image, some batches of nothing else, on two processes: no hang, and the losses of one process."""
+    rows = load_json(world.llava)[:16]
+    text = [{"conversations": [{"from": "human", "value": "Is a dog an animal?"}, {"from": "gpt", "value": "Yes, a dog is an animal."}]}] * 16
+    data, config = tmp_path / "mixed.json", tmp_path / "zero3.json"
+    data.write_text(json.dumps(rows + text))
+    config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 3}}))
+    flags = ["--tune", "clip,projector,llama", "--loss", "sft", "--data_path", data, "--image_folder", world.images, "--model_name_or_path", world.base,
+             "--learning_rate", 1e-3, "--max_steps", 4, "--per_device_train_batch_size", 2]
+    run_many(2, tmp_path, [*flags, "--deepspeed", config, "--output_dir", tmp_path / "two"])
+    run_many(1, tmp_path, [*flags, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "one"])
+    losses = [[row["loss"] for row in logged(tmp_path, name)] for name in ("one", "two")]
+    assert largest_difference("losses", *losses) < 1e-4
+
+
 def test_every_metric_is_logged(runs):
     for name in ("one", "two"):
         for row in logged(runs, name):
@@ -316,18 +399,6 @@ def test_checkpoint_holds_exactly_what_was_trained(world, runs):
     assert not glob(str(runs / "*.partial")) and not glob(str(runs / "*.run"))
 
 
-@pytest.fixture(scope="module")
-def in_this_process():
-    """DeepSpeed as one process, here, so that a run's modules can be looked at afterwards. It cannot be started twice."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(),
-                                DS_ACCELERATOR="cpu").items():
-            monkeypatch.setenv(name, str(value))
-        yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def test_frozen_tensors_are_bit_identical_after_training(world, tmp_path, monkeypatch, in_this_process):
     """The modules of real runs, after their last step, against the base loaded again; stage by stage."""
     initial_head = train.initial_head
@@ -352,6 +423,60 @@ def test_frozen_tensors_are_bit_identical_after_training(world, tmp_path, monkey
         else:
             saved = load_base(str(tmp_path / "stage0"))
             assert all(torch.equal(t, after[key]) for key, t in (saved[0].state_dict() | saved[1].state_dict()).items())
+
+
+def llava_flags(world):
+    return ["--loss", "sft", "--data_path", world.llava, "--image_folder", world.images, "--model_name_or_path", world.base]
+
+
+def test_sft_of_a_global_batch_is_one_mean(world, tmp_path, in_this_process):
+    """However it is cut: one micro batch, eight of one row, or two processes. Rows differ in length, so means of means would not be."""
+    common = ["--tune", "projector,llama,lm_head", "--learning_rate", 1e-2, "--max_steps", 4, *llava_flags(world)]
+    cut = lambda name, micro, accumulation: [*common, "--output_dir", tmp_path / name, "--per_device_train_batch_size", micro,
+                                             "--gradient_accumulation_steps", accumulation]
+    run_train(*cut("whole", 8, 1)), run_train(*cut("singles", 1, 8))
+    run_many(2, tmp_path, cut("two", 2, 2))
+    losses = {name: [row["loss"] for row in logged(tmp_path, name)] for name in ("whole", "singles", "two")}
+    print(losses)
+    for name in ("singles", "two"):
+        assert largest_difference(name, losses[name], losses["whole"]) < 1e-4
+    rows = [read_file(str(tmp_path / name / "model.safetensors")) for name in ("whole", "singles")]
+    assert max(largest_difference(k, stored.read(), rows[1][k].read()) for k, stored in rows[0].items()) < 1e-2
+
+
+def test_sft_of_the_block(world, tmp_path, in_this_process):
+    """The notes' "Llava" rows: conversations instead of pairs, the trunk frozen; from kept features as with the trunk in the loop."""
+    flags = ["--tune", "post_decoder", "--learning_rate", 1e-2, "--max_steps", 4, "--per_device_train_batch_size", 8, *llava_flags(world)]
+    run_train(*flags, "--output_dir", tmp_path / "loop")
+    run_train(*flags, "--output_dir", tmp_path / "kept", "--cache_features", tmp_path / "features")
+    losses = [[row["loss"] for row in logged(tmp_path, name)] for name in ("loop", "kept")]
+    assert largest_difference("losses", *losses) < 1e-4 and losses[0][0] != losses[0][3]
+    trunk, base_head, *_ = load_base(world.base)
+    head = load_trained(str(tmp_path / "kept"), trunk.config, base_head, fingerprint(trunk, base_head))
+    assert head.lm_head is base_head.lm_head and not head.post_interaction_block.is_identity()
+
+
+def test_dpo_of_the_whole_trunk(world, tmp_path, in_this_process):
+    """The reference is the base as it was, at every step and in the second epoch; what is saved is a base of its own."""
+    flags = ["--tune", "projector,llama", "--learning_rate", 3e-3, "--max_steps", 7, "--num_train_epochs", 3, *dpo_flags(world)]
+    run_train(*flags, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 1)
+    two = tmp_path / "two.json"
+    two.write_text(json.dumps({"train_batch_size": 32, "zero_optimization": {"stage": 3}}))
+    run_many(2, tmp_path, [*flags, "--output_dir", tmp_path / "two", "--deepspeed", two, "--per_device_train_batch_size", 8])
+    one, two = logged(tmp_path, "one"), logged(tmp_path, "two")
+    assert one[0]["loss"] == pytest.approx(math.log(2), abs=1e-7) and one[0]["rewards/margin"] == 0
+    assert largest_difference("losses", [r["loss"] for r in one], [r["loss"] for r in two]) < 1e-3
+    trunk, head, tokenizer, preprocess = load_base(world.base)
+    dataset = PackedDataset(read_hadpo(world.desc, world.pairs, world.vg), tokenizer, preprocess, trunk.config.vision.num_patches, 256)
+    assert len(dataset) < 7 * 32                                                 # into the second epoch
+    objective = Objective(trunk.requires_grad_(True), head, "dpo").eval()
+    for row, ids in zip(one, ResumableSampler(len(dataset), 7, 32, 32, 0, 1, 42)):
+        chosen, rejected = objective(dataset[ids]).mean(0).tolist()
+        assert largest_difference("reference", [row["logps/reference_chosen"], row["logps/reference_rejected"]], [chosen, rejected]) < 1e-4
+    assert abs(one[-1]["rewards/margin"]) > 0.01
+    trained, *_ = load_base(str(tmp_path / "one"))
+    changed = {k for k, t in trained.state_dict().items() if not torch.equal(t, trunk.state_dict()[k])}
+    assert changed == {k for k in trunk.state_dict() if k.startswith("model.")} and not os.path.exists(tmp_path / "one.run")
 
 
 def test_what_init_brought_along_is_kept(world, runs, tmp_path, in_this_process):

@@ -1,0 +1,362 @@
+"""Interruption: killed at any moment, stopped by Ctrl-C, spoilt by a bad row; and what goes on ends as if nothing had been.
+
+Equality is that of the files' bytes: on the CPU a resumed run does not differ from one that never stopped.
+"""
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from glob import glob
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, dpo_flags, free_port, largest_difference, run_many, run_train, shell
+
+import loop
+from data import ResumableSampler
+from loop import check_loss
+from readers import InputError
+from resume import cut_log
+
+STEPS = 8
+KINDS = {  # what is trained → flags
+    "kept features": ["--stage", 2, "--init", "identity", "--cache_features", "FEATURES"],
+    "LoRA with dropout": ["--lora_r", 4, "--lora_dropout", 0.3, "--gradient_checkpointing"],
+    "the trunk by DPO": ["--tune", "projector,llama"],
+    "ZeRO-1": ["--stage", 1, "--deepspeed", "ZERO1"],
+    "ZeRO-2, offload": ["--stage", 1, "--deepspeed", "ZERO2", "--offload"],
+    "ZeRO-3, bf16, LoRA": ["--lora_r", 4, "--deepspeed", "ZERO3"],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with DeepSpeed files; what is kept of the trunk, too."""
+    folder = tmp_path_factory.mktemp("resume")
+    for stage, more in ((1, {}), (2, {}), (3, {"bf16": {"enabled": True}})):
+        (folder / f"zero{stage}.json").write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}, **more}))
+    return folder
+
+
+def flags_of(world, files, kind, output_dir, *more):
+    names = {"FEATURES": files / "features", **{f"ZERO{n}": files / f"zero{n}.json" for n in (1, 2, 3)}}
+    return [str(names.get(flag, flag)) for flag in (
+        *KINDS[kind], "--max_steps", STEPS, "--learning_rate", "1e-2", "--per_device_train_batch_size", 4,
+        *(["--gradient_accumulation_steps", 2] if "--deepspeed" not in KINDS[kind] else []), "--keep_correct", "--output_dir", output_dir,
+        *dpo_flags(world), *more)]
+
+
+def result(folder):
+    """{name: bytes} of the tensors that a run left."""
+    return {os.path.basename(path): open(path, "rb").read() for path in glob(f"{folder}/*.safetensors")}
+
+
+def steps_logged(folder):
+    with open(f"{folder}/metrics.jsonl") as file:
+        return [json.loads(line)["step"] for line in file]
+
+
+def interrupted_at(monkeypatch, step):
+    """Ctrl-C comes in the middle of a step."""
+    def note(loss, recent, now, *rest):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return check_loss(loss, recent, now, *rest)
+    monkeypatch.setattr(loop, "check_loss", note)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_resumed_is_not_stopped(world, files, tmp_path, monkeypatch, capsys, in_this_process, kind):
+    run_train(*flags_of(world, files, kind, tmp_path / "whole"))
+    flags = flags_of(world, files, kind, tmp_path / "cut")
+    for step in (3, 5):
+        interrupted_at(monkeypatch, step)
+        with pytest.raises(SystemExit) as stop:
+            run_train(*flags, *(["--resume"] if step > 3 else []))
+        assert stop.value.code == 130 and f"stopped after step {step} of {STEPS}; go on with: python" in capsys.readouterr().out
+        assert not os.path.exists(tmp_path / "cut") and (tmp_path / "cut.run" / "latest").read_text() == f"step-{step}"
+        assert steps_logged(tmp_path / "cut.run") == list(range(1, step + 1))
+    monkeypatch.setattr(loop, "check_loss", check_loss)
+    run_train(*flags, "--resume")
+    whole, cut = result(tmp_path / "whole"), result(tmp_path / "cut")
+    assert whole and whole == cut
+    assert steps_logged(tmp_path / "cut") == list(range(1, STEPS + 1)) and not os.path.exists(tmp_path / "cut.run")
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(set(losses[0])) == STEPS
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler         # put back
+
+
+def test_a_state_holds_what_is_trained_and_no_more(world, files, tmp_path, monkeypatch, in_this_process):
+    """`--save_steps` keeps the last two, without the frozen weights and without the reference."""
+    interrupted_at(monkeypatch, 7)
+    with pytest.raises(SystemExit):
+        run_train(*flags_of(world, files, "kept features", tmp_path / "cut", "--save_steps", 2))
+    assert sorted(os.listdir(tmp_path / "cut.run")) == ["latest", "metrics.jsonl", "run.json", "step-6", "step-7"]
+    state = torch.load(tmp_path / "cut.run" / "step-7" / "mp_rank_00_model_states.pt", weights_only=False)
+    assert {name.split(".")[1] for name in state["module"]} == {"post_interaction_block", "lm_head"}
+    assert {name.split(".")[0] for name in state["module"]} == {"head"}
+
+
+def test_what_cannot_go_on(world, files, tmp_path, monkeypatch, capsys, in_this_process):
+    """Other arguments, data or files than the interrupted run's are named; without --resume a run starts anew, and says so."""
+    flags = flags_of(world, files, "kept features", tmp_path / "cut")
+    interrupted_at(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        run_train(*flags)
+    monkeypatch.setattr(loop, "check_loss", check_loss)
+    (tmp_path / "clipped.json").write_text('{"train_batch_size": 8, "gradient_clipping": 0.1}')
+    for more, said in ((["--learning_rate", "2e-2"], "learning_rate was 0.01 and is 0.02"), (["--seed", "43"], "seed was 42 and is 43"),
+                       (["--max_steps", "9"], "steps was 8 and is 9"), (["--no-keep_correct"], "examples was"),
+                       (["--gradient_accumulation_steps", "4"], "global batch was 8 and is 16"), (["--beta", "0.2", "--stage", "1"], "beta.*stage|stage.*beta"),
+                       (["--deepspeed", str(tmp_path / "clipped.json")], "gradient_clipping was 1.0 and is 0.1")):
+        with pytest.raises(InputError, match=said) as error:
+            run_train(*flags, "--resume", *more)
+        assert "--resume" in str(error.value) and "leave --resume out" in str(error.value)
+    before = (tmp_path / "cut.run" / "latest").read_text()
+    capsys.readouterr()
+    run_train(*flags, "--logging_steps", 3)                                      # anew: not from step 3
+    assert before == "step-3" and "step-3 of an interrupted run, which is discarded" in capsys.readouterr().out
+    assert steps_logged(tmp_path / "cut") == [3, 6, 8]
+    run_train(*flags, "--resume")                                                # and what is finished stays
+    assert "finished already" in capsys.readouterr().out and steps_logged(tmp_path / "cut") == [3, 6, 8]
+    run_train(*flags, "--resume", "--learning_rate", "3e-2")                     # by other arguments it is not
+    assert "no state in it; from the beginning" in capsys.readouterr().out and steps_logged(tmp_path / "cut") == list(range(1, 9))
+
+
+def test_a_sweep_goes_on_where_it_stopped(world, files, tmp_path, monkeypatch, capsys, in_this_process):
+    flags = flags_of(world, files, "kept features", tmp_path / "sweep", "--learning_rate", "1e-2", "3e-3", "1e-3")
+    run_train(*flags)
+    whole = {name: result(tmp_path / f"sweep-{name}") for name in ("0.01", "0.003", "0.001")}
+    for name in whole:
+        assert len(whole[name]) == 1
+        os.rename(tmp_path / f"sweep-{name}", tmp_path / f"whole-{name}")
+    calls = []
+
+    def note(loss, recent, step, *rest):
+        calls.append(step)
+        if len(calls) == STEPS + 4:                                              # in the second run's fourth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check_loss(loss, recent, step, *rest)
+
+    monkeypatch.setattr(loop, "check_loss", note)
+    with pytest.raises(SystemExit):
+        run_train(*flags)
+    assert os.path.isdir(tmp_path / "sweep-0.01") and os.path.isdir(tmp_path / "sweep-0.003.run") and not os.path.exists(tmp_path / "sweep-0.001.run")
+    run_train(*flags, "--resume")
+    assert len(calls) == 3 * STEPS                                               # no step twice
+    assert whole == {name: result(tmp_path / f"sweep-{name}") for name in whole}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other processes
+
+
+def start(*flags):
+    """train.py as a process of its own, its output into one pipe."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": free_port(), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *map(str, flags)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+
+
+def wait_for(process, condition, limit=100):
+    """Until the condition holds; False when the process has ended before."""
+    began = time.monotonic()
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < began + limit
+        time.sleep(0.0003)
+    return True
+
+
+@pytest.mark.parametrize("kind", ("kept features", "LoRA with dropout"))
+def test_kill_9_at_any_moment(world, files, tmp_path, in_this_process, kind):
+    """Inside a save, between two, before the first: then --resume, which ends with the bytes of a run that was left alone."""
+    steps = ["--max_steps", 40, "--save_steps", 1]
+    run_train(*flags_of(world, files, kind, tmp_path / "whole", "--max_steps", 40))
+    run, rng, moments = str(tmp_path / "cut.run"), random.Random(0), []
+
+    def saved():
+        return int(open(f"{run}/latest").read().removeprefix("step-")) if os.path.isfile(f"{run}/latest") else 0
+
+    def inside_a_save():                    # behind step 12, and DeepSpeed has begun to write
+        return saved() > 12 and any(glob(f"{run}/step-{saved() + 1}.partial/*.pt"))
+
+    for condition in (lambda: os.path.isfile(f"{run}/run.json"), lambda: saved() > 4, inside_a_save):
+        process = start(*flags_of(world, files, kind, tmp_path / "cut", *steps, "--resume"))
+        assert wait_for(process, condition), process.stdout.read()
+        time.sleep(0 if condition is inside_a_save else 0.02 * rng.random())
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not os.path.exists(tmp_path / "cut")
+        moments.append((saved(), sorted(os.path.basename(p) for p in glob(f"{run}/step-*"))))
+    print("killed with", moments)
+    assert moments[0][0] < 4 < moments[1][0] < 13 <= moments[2][0] < 40
+    run_train(*flags_of(world, files, kind, tmp_path / "cut", *steps, "--resume"))
+    whole, cut = result(tmp_path / "whole"), result(tmp_path / "cut")
+    assert whole and whole == cut and steps_logged(tmp_path / "cut") == list(range(1, 41))
+
+
+def test_every_moment_of_a_save(world, files, tmp_path, monkeypatch, in_this_process):
+    """A save stopped in front of each of its file operations, as a kill would: `latest` always names a whole state."""
+    flags = flags_of(world, files, "kept features", tmp_path / "cut", "--save_steps", 2)
+    run_train(*flags_of(world, files, "kept features", tmp_path / "whole"))
+
+    class Killed(BaseException):
+        pass
+
+    counted, limit = [], None
+
+    def counting(function):
+        def call(*args, **options):
+            counted.append(function.__name__)
+            if len(counted) == limit:
+                raise Killed
+            return function(*args, **options)
+        return call
+
+    save_state = loop.save_state
+
+    def watched(engine, folder, step):
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 4:
+                patch.setattr(engine, "save_checkpoint", counting(engine.save_checkpoint))
+                for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree"), (torch, "load")):
+                    patch.setattr(module, name, counting(getattr(module, name)))
+            save_state(engine, folder, step)
+
+    monkeypatch.setattr(loop, "save_state", watched)
+    run_train(*flags)
+    moments = list(counted)
+    print(moments)
+    assert len(moments) >= 4
+    for limit in range(1, len(moments) + 1):
+        counted.clear()
+        with pytest.raises(Killed):
+            run_train(*flags)
+        latest = (tmp_path / "cut.run" / "latest").read_text()
+        assert latest == ("step-4" if "replace" in counted[:limit - 1] else "step-2")
+        count, limit = len(counted), None
+        counted.clear()
+        run_train(*flags, "--resume")
+        assert result(tmp_path / "cut") == result(tmp_path / "whole") and count
+
+
+def test_ctrl_c_typed(world, files, tmp_path, in_this_process):
+    """The process says how to go on, and leaves with 130; what it says, typed, does go on."""
+    run_train(*flags_of(world, files, "kept features", tmp_path / "whole", "--max_steps", 400))
+    log = tmp_path / "cut.run" / "metrics.jsonl"
+    process = start(*flags_of(world, files, "kept features", tmp_path / "cut", "--max_steps", 400, "--dataloader_num_workers", 1))
+    assert wait_for(process, lambda: os.path.isfile(log) and os.path.getsize(log) > 1000), process.stdout.read()
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    command = shlex.split(re.search(r"go on with: (.*)", said)[1])
+    assert command[0] == "python" and command[-1] == "--resume"
+    done = shell(*command)
+    assert done.returncode == 0 and "going on from" in done.stdout
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_other_numbers_of_processes(world, files, tmp_path, monkeypatch, in_this_process):
+    """ZeRO-0: two processes go on from one's state, and follow it to rounding. Where each has a part: refused, with the number."""
+    flags = [*flags_of(world, files, "kept features", tmp_path / "cut"), "--gradient_accumulation_steps", 1]
+    run_train(*flags_of(world, files, "kept features", tmp_path / "whole"))
+    interrupted_at(monkeypatch, 4)
+    with pytest.raises(SystemExit):
+        run_train(*flags_of(world, files, "kept features", tmp_path / "cut"))
+    with pytest.raises(SystemExit):
+        run_train(*flags_of(world, files, "ZeRO-1", tmp_path / "parts"))
+    run_many(2, tmp_path, [*flags, "--resume"])
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
+    assert losses[0][:4] == losses[1][:4] and largest_difference("losses", *losses) < 1e-4
+    done = shell("torchrun", "--nproc_per_node", 2, os.path.join(ROOT, "train.py"),
+                 *flags_of(world, files, "ZeRO-1", tmp_path / "parts"), "--resume")
+    assert done.returncode != 0 and re.search("error: .*written by 1 processes.* so 2 cannot go on; start 1", done.stderr)
+
+
+def test_two_processes_stop_together(world, files, tmp_path):
+    """SIGTERM to one of them: both finish the step, and one command is said."""
+    log, flags = tmp_path / "cut.run" / "metrics.jsonl", flags_of(world, files, "kept features", tmp_path / "cut", "--max_steps", 2000)
+    ports = free_port()
+    processes = [subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *flags, "--gradient_accumulation_steps", "1"], text=True, cwd=ROOT,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": ports, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank),
+                                                    "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
+    assert wait_for(processes[1], lambda: os.path.isfile(log) and os.path.getsize(log) > 3000), processes[1].stdout.read()
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [130, 130], said
+    assert "go on with: deepspeed --num_gpus 2" in said[0] and "go on with" not in said[1]
+    assert len(steps_logged(tmp_path / "cut.run")) == int((tmp_path / "cut.run" / "latest").read_text().removeprefix("step-"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A loss that is no loss
+
+
+def test_a_bad_row_stops_before_it_spoils_the_weights(world, files, tmp_path, in_this_process):
+    """NaN in one row's kept features: step, rows of that micro batch and the state before are named; that state is sound."""
+    flags = flags_of(world, files, "kept features", tmp_path / "cut", "--cache_features", tmp_path / "features", "--save_steps", 1)
+    run_train(*flags)
+    whole = result(tmp_path / "cut")
+    kept, = glob(str(tmp_path / "features" / "*"))
+    with open(f"{kept}/hidden.bin", "r+b") as file:
+        sound = file.read()
+    rows = np.load(f"{kept}/rows.npz")
+    offsets, lengths = rows["token_offsets"], np.diff(rows["position_offsets"])
+    sampler = ResumableSampler(len(offsets) - 1, STEPS, 8, 4, 0, 1, 42, lengths=lengths)
+    bad = list(sampler)[2 * 4 + 1]                                               # the second micro batch of step 5
+    width = len(sound) // int(offsets[-1])
+    spoilt = bytearray(sound)
+    begin, end = offsets[bad[1]] * width, offsets[bad[1] + 1] * width
+    spoilt[begin:end] = np.full((end - begin) // 4, np.nan, np.float32).tobytes()
+    with open(f"{kept}/hidden.bin", "r+b") as file:
+        file.write(spoilt)
+    with pytest.raises(InputError) as error:
+        run_train(*flags)
+    print(error.value)
+    assert "the loss is nan at step 5" in str(error.value) and "step-4 is the state before" in str(error.value)
+    assert f"from examples {', '.join(map(str, bad))} of the data" in str(error.value)
+    with open(f"{kept}/hidden.bin", "r+b") as file:
+        file.write(sound)
+    run_train(*flags, "--resume")
+    assert result(tmp_path / "cut") == whole
+
+
+def test_a_loss_that_explodes(world, files, tmp_path, in_this_process):
+    with pytest.raises(InputError, match="the loss is .* at step [2-8], from examples .* lower --learning_rate"):
+        run_train(*flags_of(world, files, "kept features", tmp_path / "cut", "--learning_rate", "1e4"))
+
+
+def test_when_a_loss_explodes(in_this_process):
+    """Over 20 times the mean of the last 20 steps, which counts as 1 at least; the first step has no past."""
+    from collections import deque
+    seen = [([3, 1, 2], {"loss": torch.tensor(2.5)})]
+    recent = deque(maxlen=20)
+    check_loss(1e6, recent, 1, seen, "nowhere")
+    for loss in (0.001, 19.9, 0.5):
+        check_loss(loss, deque([0.001] * 20, maxlen=20), 2, seen, "nowhere")
+    check_loss(590., deque([30.] * 20, maxlen=20), 2, seen, "nowhere")
+    for loss, before in ((20.5, 0.001), (610., 30.), (math.nan, 1.), (math.inf, 1.)):
+        with pytest.raises(InputError, match="from examples 3, 1, 2 of the data; the step was not taken: look"):
+            check_loss(loss, deque([before] * 20, maxlen=20), 2, seen, "nowhere")
+
+
+def test_the_log_is_cut_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_log(str(path), 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
