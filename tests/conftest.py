@@ -5,6 +5,7 @@ Nothing is downloaded, and nothing here depends on ../shared; the tests that rea
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from model import Head, LlavaConfig, Trunk
 from post_decoder import VARIANTS
 from readers import read_hadpo
 
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background jobs, and their children, ignore Ctrl-C
 torch.set_num_threads(1)        # everything here is too small to be worth a second one
 
 
