@@ -33,7 +33,7 @@ from readers import InputError, read_json
 # Arguments that change nothing about the result beyond rounding, or that `facts` tells better.
 INCIDENTAL = ("output_dir", "resume", "save_steps", "logging_steps", "dataloader_num_workers", "local_rank", "deepspeed", "bf16",
               "offload", "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "default_batch",
-              "default_micro", "num_train_epochs", "max_steps", "model_name_or_path")
+              "default_micro", "num_train_epochs", "max_steps", "model_name_or_path", "plot")
 
 
 def say(text):
