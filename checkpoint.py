@@ -13,7 +13,8 @@ what was trained) and `tokenizer.model`, or the training notes' `non_lora_traina
 adapters is another base; ours are in peft's layout too (`adapter_config.json`, `adapter_model.safetensors`, which peft
 loads), beside `config.json` and what of the head was trained. Which of these a folder is follows from what it holds.
 
-Modules are made on the meta device and filled tensor by tensor, so that loading needs about one tensor of extra RAM. Names and shapes are compared before anything is read; what does not fit is listed.
+Modules are made on the meta device and filled tensor by tensor, so that loading needs about one tensor of extra RAM. Names
+and shapes are compared before anything is read; what does not fit is listed.
 """
 import argparse
 import hashlib
@@ -231,10 +232,10 @@ def tower_of(path, named=None):
 
 def adapter_config(info):
     """What peft wants to know of an adapter. The pattern keeps it to LLaMA: CLIP's linears have the same names."""
-    arguments = info["arguments"]
+    r, alpha, dropout = (info["arguments"][f"lora_{name}"] for name in ("r", "alpha", "dropout"))
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": info["base"], "inference_mode": True,
-            "r": arguments["lora_r"], "lora_alpha": arguments["lora_alpha"], "lora_dropout": arguments["lora_dropout"], "bias": "none",
-            "target_modules": rf"model\.layers\.\d+\.\w+\.({'|'.join(LINEARS)})", "fan_in_fan_out": False, "modules_to_save": None}
+            "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None,
+            "target_modules": rf"model\.layers\.\d+\.\w+\.({'|'.join(LINEARS)})"}
 
 
 def save_trained(folder, tensors, info, tokenizer):

@@ -34,12 +34,13 @@ def deepspeed_config(args, world_size, on_gpu):
         config = read_json(args.deepspeed)
         path = find_auto(config)
         if path:
-            raise InputError(f"{args.deepspeed}: {path} is \"auto\", which only the HF Trainer understands; write a value or remove it")
+            raise InputError(f"{args.deepspeed}: {path} is \"auto\", which only the HF Trainer understands; write a value or "
+                             "remove it")
     in_file = config.get("train_micro_batch_size_per_gpu")
     micro, accumulation = args.per_device_train_batch_size or in_file, args.gradient_accumulation_steps
     if in_file and in_file != micro:
-        raise InputError(f"{args.deepspeed}: train_micro_batch_size_per_gpu is {in_file} and --per_device_train_batch_size {micro}; "
-                         "remove one of them")
+        raise InputError(f"{args.deepspeed}: train_micro_batch_size_per_gpu is {in_file} and --per_device_train_batch_size "
+                         f"{micro}; remove one of them")
     total = config.get("train_batch_size")
     if total is None:
         total = micro * accumulation * world_size if micro and accumulation else args.default_batch
@@ -49,9 +50,10 @@ def deepspeed_config(args, world_size, on_gpu):
     elif micro is None and fits:
         micro = max(m for m in fits if m <= args.default_micro or m == fits[0])
     if micro not in fits or accumulation and accumulation * micro * world_size != total:
-        near = ", ".join(f"{m} (accumulation {total // (m * world_size)})" for m in sorted(fits, key=lambda m: abs(m - (micro or 1)))[:3])
-        raise InputError(f"global batch {total} ≠ {micro} per device × {accumulation or 'any'} accumulation × {world_size} processes; "
-                         + (f"--per_device_train_batch_size can be {near}" if fits else
+        nearest = sorted(fits, key=lambda m: abs(m - (micro or 1)))[:3]
+        near = ", ".join(f"{m} (accumulation {total // (m * world_size)})" for m in nearest)
+        raise InputError(f"global batch {total} ≠ {micro} per device × {accumulation or 'any'} accumulation × {world_size} "
+                         "processes; " + (f"--per_device_train_batch_size can be {near}" if fits else
                             f"it is no multiple of {world_size}: change train_batch_size or the number of processes"))
     config |= {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro,
                "gradient_accumulation_steps": total // (micro * world_size)}
@@ -111,7 +113,8 @@ def batches_of(engine, rows, steps, args, device, dtype, start=0):
     """(ids, Batch on the device) of this rank's micro batches, from step `start` on."""
     micro, total, rank = engine.train_micro_batch_size_per_gpu(), engine.train_batch_size(), dist.get_rank()
     sampler = ResumableSampler(len(rows), steps, total, micro, rank, dist.get_world_size(), args.seed, start, rows.lengths())
-    return ((ids, batch.to(device, dtype)) for ids, batch in zip(sampler, batches_ahead(rows, sampler, args.dataloader_num_workers)))
+    loader = batches_ahead(rows, sampler, args.dataloader_num_workers)
+    return ((ids, batch.to(device, dtype)) for ids, batch in zip(sampler, loader))
 
 
 @torch.no_grad()
@@ -213,7 +216,7 @@ def check_loss(loss, recent, step, seen, folder):
     parts = [part for rank in parts for part in rank]
     worst = [p for p in parts if not math.isfinite(p[1])] or [max(parts, key=lambda p: p[1])]
     ids = [i for part in worst for i in part[0]]
-    latest = read_latest(folder)
-    raise InputError(f"the loss is {loss:g} at step {step}, from examples {', '.join(map(str, ids[:16]))}{' …' if len(ids) > 16 else ''} "
-                     "of the data; the step was not taken" + (f", and {os.path.join(folder, latest)} is the state before" if latest else "")
-                     + ": look at these examples, or lower --learning_rate")
+    examples, latest = ", ".join(map(str, ids[:16])) + (" …" if len(ids) > 16 else ""), read_latest(folder)
+    state = f", and {os.path.join(folder, latest)} is the last good state" if latest else ""
+    raise InputError(f"the loss is {loss:g} at step {step}, from examples {examples} of the data; the step was not taken{state}: "
+                     "look at these examples, or lower --learning_rate")

@@ -33,7 +33,7 @@ from readers import InputError, read_json
 # Arguments that change nothing about the result beyond rounding, or that `facts` tells better.
 INCIDENTAL = ("output_dir", "resume", "save_steps", "logging_steps", "dataloader_num_workers", "local_rank", "deepspeed", "bf16",
               "offload", "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "default_batch",
-              "default_micro", "num_train_epochs", "max_steps", "model_name_or_path")
+              "default_micro", "num_train_epochs", "max_steps", "model_name_or_path", "plot")
 
 
 def say(text):
@@ -103,8 +103,8 @@ def begin(args, facts):
         processes, now = before.pop("processes"), dist.get_world_size()
         changed = [f"{k} was {before.get(k)} and is {facts.get(k)}" for k in facts if before.get(k) != facts.get(k)]
         if changed:
-            raise InputError(f"{folder}: --resume goes on with the run that was interrupted, but {'; '.join(changed)}: type its own "
-                             "arguments, or leave --resume out to start anew")
+            raise InputError(f"{folder}: --resume goes on with the run that was interrupted, but {'; '.join(changed)}: type its "
+                             "own arguments, or leave --resume out to start anew")
         if processes != now and glob.glob(os.path.join(folder, state, "*zero_pp_rank*")):
             raise InputError(f"{folder}: was written by {processes} processes, each of which has a part of the optimizer (ZeRO, or "
                              f"bf16), so {now} cannot go on; start {processes}")
@@ -115,7 +115,8 @@ def begin(args, facts):
             say(f"going on from {os.path.join(folder, state)}")
         else:
             if state or args.resume:
-                say(f"{folder}: {f'holds {state} of an interrupted run, which is discarded' if state else 'no state in it'}; from the beginning")
+                what = f"holds {state} of an interrupted run, which is discarded" if state else "no state in it"
+                say(f"{folder}: {what}; from the beginning")
             discard(folder)
             os.makedirs(folder)
         write_json(path + ".partial", facts | {"processes": dist.get_world_size()})

@@ -149,8 +149,9 @@ def train_one(deepspeed, args, config, base, rows, device, dtype):
     warmup = math.ceil(args.warmup_ratio * steps)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, warmup))
-    facts = {"base": base.fingerprint, "examples": len(rows), "steps": steps, "global batch": global_batch, "ZeRO stage": zero_stage,
-             "dtype": str(dtype).removeprefix("torch."), "gradient_clipping": config.get("gradient_clipping", 0)}
+    facts = {"base": base.fingerprint, "examples": len(rows), "steps": steps, "global batch": global_batch,
+             "ZeRO stage": zero_stage, "dtype": str(dtype).removeprefix("torch."),
+             "gradient_clipping": config.get("gradient_clipping", 0)}
     state = begin(args, facts)
     say(f"{args.loss if args.stage is None else f'stage {args.stage}'} from {start}: {len(trained)} tensors trained "
         f"({', '.join(args.tune)}, {sum(p.numel() for p in trained.values()):,} numbers); {len(rows):,} examples, {steps} steps of "
@@ -228,7 +229,8 @@ def parse(argv=None):
     group.add_argument("--vg_path", help="Visual Genome: image_data.json, VG_100K, VG_100K_2")
     group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json")
     group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
-    group.add_argument("--keep_correct", action=argparse.BooleanOptionalAction, help="use also POPE rows that the base answered right")
+    group.add_argument("--keep_correct", action=argparse.BooleanOptionalAction,
+                       help="use also POPE rows that the base answered right")
     group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
     group.add_argument("--image_folder", default="", help="its images")
     group.add_argument("--cache_features", help="folder in which the frozen trunk's outputs are kept and found again")
@@ -247,7 +249,8 @@ def parse(argv=None):
                        "or bf16 on a GPU and fp32 on a CPU")
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, global batch 128")
     group.add_argument("--offload", action="store_true", help="ZeRO 1 to 3: the optimizer's state and step on the CPU")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="where the trunk is trained: less memory, a third slower")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="where the trunk is trained: less memory, a third slower")
     group.add_argument("--save_steps", type=int, help="optimizer steps between saved states, which --resume goes on from")
     group.add_argument("--resume", action="store_true", help="go on from the last saved state in OUTPUT_DIR.run")
     group.add_argument("--logging_steps", type=int, default=1)
@@ -286,7 +289,8 @@ def parse(argv=None):
     if args.init != "identity" and not is_trained(args.init):
         raise InputError(f"--init {args.init}: is no trained checkpoint of ours")
     if args.init != "identity" and len(args.block) > 1:
-        raise InputError(f"--block names {len(args.block)} variants, but --init {args.init} brings its block along; say --init identity")
+        raise InputError(f"--block names {len(args.block)} variants, but --init {args.init} brings its block along; "
+                         "say --init identity")
     return args
 
 
@@ -296,8 +300,8 @@ def settle(args):
         if when:
             raise InputError(text)
 
-    refuse(args.stage is not None and (args.tune or args.lora_r), f"--stage {args.stage} is a name for a choice of --tune and has no "
-           "LoRA: leave it out, or --tune and --lora_r")
+    refuse(args.stage is not None and (args.tune or args.lora_r),
+           f"--stage {args.stage} is a name for a choice of --tune and has no LoRA: leave it out, or --tune and --lora_r")
     if args.tune is None and args.lora_r:
         args.tune = ["lora", "post_decoder"] if args.block and args.block != ["head"] else ["lora"]
     elif args.tune is None:
@@ -305,7 +309,8 @@ def settle(args):
     args.tune = tuple(g for g in GROUPS if g in (args.tune or STAGES[args.stage]))
     args.loss = args.loss or ("sft" if args.stage == 0 else "dpo")
     if "lora" in args.tune:
-        refuse(len(TRUNK & set(args.tune)) > 1, f"--tune {','.join(args.tune)}: beside lora only post_decoder and lm_head can be trained")
+        refuse(len(TRUNK & set(args.tune)) > 1,
+               f"--tune {','.join(args.tune)}: beside lora only post_decoder and lm_head can be trained")
         args.lora_r = args.lora_r or 128
     refuse(args.lora_r and "lora" not in args.tune, f"--lora_r {args.lora_r}: --tune does not name lora; add it")
     args.block = args.block or ["full" if "post_decoder" in args.tune else "head"]

@@ -50,11 +50,11 @@ FORMULAS = {  # (loss, label_smoothing): the loss of a margin, written out
 
 @pytest.mark.parametrize("loss, smoothing", FORMULAS)
 def test_losses_against_their_formulas(loss, smoothing):
-    """Values in fp64, and gradients against differences of the formula; the reference's share of a margin counts as the policy's."""
+    """Values in fp64, and gradients against differences of the formula. The reference's share of a margin counts, too."""
     formula, beta = FORMULAS[loss, smoothing], 0.5
-    chosen, rejected, reference_rejected = torch.tensor(MARGINS / beta - 7, requires_grad=True), torch.full((8,), -11., dtype=torch.float64), -13.
-    reference_chosen = -7. - (-11. - reference_rejected)                        # chosen - its reference - 2 = margin / beta
-    losses, *rewards = dpo_loss(chosen, rejected, torch.tensor(reference_chosen), torch.tensor(reference_rejected), beta, loss, smoothing)
+    chosen, rejected = torch.tensor(MARGINS / beta - 7, requires_grad=True), torch.full((8,), -11., dtype=torch.float64)
+    reference = torch.tensor(-9.), torch.tensor(-13.)                            # (chosen + 9) - (-11 + 13) = margin / beta
+    losses, *rewards = dpo_loss(chosen, rejected, *reference, beta, loss, smoothing)
     assert largest_difference("margins", rewards[0] - rewards[1], MARGINS) < 1e-12
     assert largest_difference(f"{loss} {smoothing}", losses, formula(MARGINS, beta)) < 1e-12
     gradient, = torch.autograd.grad(losses.sum(), chosen)

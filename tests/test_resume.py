@@ -33,6 +33,7 @@ KINDS = {  # what is trained → flags
     "the trunk by DPO": ["--tune", "projector,llama"],
     "ZeRO-1": ["--stage", 1, "--deepspeed", "ZERO1"],
     "ZeRO-2, offload": ["--stage", 1, "--deepspeed", "ZERO2", "--offload"],
+    "ZeRO-0, bf16": ["--stage", 2, "--init", "identity", "--bf16"],
     "ZeRO-3, bf16, LoRA": ["--lora_r", 4, "--deepspeed", "ZERO3"],
 }
 
@@ -42,7 +43,8 @@ def files(tmp_path_factory):
     """A folder with DeepSpeed files; what is kept of the trunk, too."""
     folder = tmp_path_factory.mktemp("resume")
     for stage, more in ((1, {}), (2, {}), (3, {"bf16": {"enabled": True}})):
-        (folder / f"zero{stage}.json").write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}, **more}))
+        config = {"train_batch_size": 8, "zero_optimization": {"stage": stage}, **more}
+        (folder / f"zero{stage}.json").write_text(json.dumps(config))
     return folder
 
 
@@ -50,8 +52,8 @@ def flags_of(world, files, kind, output_dir, *more):
     names = {"FEATURES": files / "features", **{f"ZERO{n}": files / f"zero{n}.json" for n in (1, 2, 3)}}
     return [str(names.get(flag, flag)) for flag in (
         *KINDS[kind], "--max_steps", STEPS, "--learning_rate", "1e-2", "--per_device_train_batch_size", 4,
-        *(["--gradient_accumulation_steps", 2] if "--deepspeed" not in KINDS[kind] else []), "--keep_correct", "--output_dir", output_dir,
-        *dpo_flags(world), *more)]
+        *(["--gradient_accumulation_steps", 2] if "--deepspeed" not in KINDS[kind] else []), "--keep_correct",
+        "--output_dir", output_dir, *dpo_flags(world), *more)]
 
 
 def result(folder):
@@ -117,9 +119,10 @@ def test_what_cannot_go_on(world, files, tmp_path, monkeypatch, capsys, in_this_
         run_train(*flags)
     monkeypatch.setattr(loop, "check_loss", check_loss)
     (tmp_path / "clipped.json").write_text('{"train_batch_size": 8, "gradient_clipping": 0.1}')
-    for more, said in ((["--learning_rate", "2e-2"], "learning_rate was 0.01 and is 0.02"), (["--seed", "43"], "seed was 42 and is 43"),
-                       (["--max_steps", "9"], "steps was 8 and is 9"), (["--no-keep_correct"], "examples was"),
-                       (["--gradient_accumulation_steps", "4"], "global batch was 8 and is 16"), (["--beta", "0.2", "--stage", "1"], "beta.*stage|stage.*beta"),
+    for more, said in ((["--learning_rate", "2e-2"], "learning_rate was 0.01 and is 0.02"), (["--no-keep_correct"], "examples was"),
+                       (["--max_steps", "9"], "steps was 8 and is 9"), (["--seed", "43"], "seed was 42 and is 43"),
+                       (["--gradient_accumulation_steps", "4"], "global batch was 8 and is 16"),
+                       (["--beta", "0.2", "--stage", "1"], "beta.*stage|stage.*beta"),
                        (["--deepspeed", str(tmp_path / "clipped.json")], "gradient_clipping was 1.0 and is 0.1")):
         with pytest.raises(InputError, match=said) as error:
             run_train(*flags, "--resume", *more)
@@ -153,7 +156,7 @@ def test_a_sweep_goes_on_where_it_stopped(world, files, tmp_path, monkeypatch, c
     monkeypatch.setattr(loop, "check_loss", note)
     with pytest.raises(SystemExit):
         run_train(*flags)
-    assert os.path.isdir(tmp_path / "sweep-0.01") and os.path.isdir(tmp_path / "sweep-0.003.run") and not os.path.exists(tmp_path / "sweep-0.001.run")
+    assert [name for name in sorted(os.listdir(tmp_path)) if name.startswith("sweep")] == ["sweep-0.003.run", "sweep-0.01"]
     run_train(*flags, "--resume")
     assert len(calls) == 3 * STEPS                                               # no step twice
     assert whole == {name: result(tmp_path / f"sweep-{name}") for name in whole}
@@ -165,9 +168,14 @@ def test_a_sweep_goes_on_where_it_stopped(world, files, tmp_path, monkeypatch, c
 
 def start(*flags):
     """train.py as a process of its own, its output into one pipe."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": free_port(), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *map(str, flags)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    return starts(1, *flags)[0]
+
+
+def starts(processes, *flags):
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes)}
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *map(str, flags)]
+    return [subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(processes)]
 
 
 def wait_for(process, condition, limit=100):
@@ -289,12 +297,8 @@ def test_other_numbers_of_processes(world, files, tmp_path, monkeypatch, in_this
 
 def test_two_processes_stop_together(world, files, tmp_path):
     """SIGTERM to one of them: both finish the step, and one command is said."""
-    log, flags = tmp_path / "cut.run" / "metrics.jsonl", flags_of(world, files, "kept features", tmp_path / "cut", "--max_steps", 2000)
-    ports = free_port()
-    processes = [subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *flags, "--gradient_accumulation_steps", "1"], text=True, cwd=ROOT,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": ports, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank),
-                                                    "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
+    log = tmp_path / "cut.run" / "metrics.jsonl"
+    processes = starts(2, *flags_of(world, files, "kept features", tmp_path / "cut", "--max_steps", 2000), "--gradient_accumulation_steps", 1)
     assert wait_for(processes[1], lambda: os.path.isfile(log) and os.path.getsize(log) > 3000), processes[1].stdout.read()
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=60)[0] for process in processes]
@@ -328,7 +332,7 @@ def test_a_bad_row_stops_before_it_spoils_the_weights(world, files, tmp_path, in
     with pytest.raises(InputError) as error:
         run_train(*flags)
     print(error.value)
-    assert "the loss is nan at step 5" in str(error.value) and "step-4 is the state before" in str(error.value)
+    assert "the loss is nan at step 5" in str(error.value) and "step-4 is the last good state" in str(error.value)
     assert f"from examples {', '.join(map(str, bad))} of the data" in str(error.value)
     with open(f"{kept}/hidden.bin", "r+b") as file:
         file.write(sound)

@@ -85,7 +85,8 @@ def test_sft_weight_adds_the_chosen_answers_nll(world):
     assert largest_difference("weighted loss", weighted, plain + 0.5 * nll) < 1e-5
 
 
-@pytest.mark.parametrize("groups", (("clip",), ("projector",), ("llama",), ("post_decoder",), ("lm_head",), ("clip", "projector", "post_decoder")))
+@pytest.mark.parametrize("groups", (("clip",), ("projector",), ("llama",), ("post_decoder",), ("lm_head",),
+                                    ("clip", "projector", "post_decoder")))
 @pytest.mark.parametrize("loss", ("sft", "dpo"))
 def test_every_group_can_be_trained_by_every_loss(world, groups, loss):
     trunk, head = base_and_head(world, "full", zero_init=False)
@@ -324,7 +325,8 @@ def test_zero3_on_two_processes_follows_zero0_on_one(runs):
     assert max(largest_difference(key, stored.read(), tensors[1][key].read()) for key, stored in tensors[0].items()) < 1e-2
 
 
-MATRIX = [(stage, offload, processes) for stage in (0, 1, 2, 3) for offload in (False, True) for processes in (1, 2) if stage or not offload]
+MATRIX = [(stage, offload, processes) for stage in (0, 1, 2, 3) for offload in (False, True) for processes in (1, 2)
+          if stage or not offload]
 
 
 @pytest.fixture(scope="module")
@@ -334,9 +336,10 @@ def matrix(world, tmp_path_factory):
     for stage, offload, processes in MATRIX:
         config = folder / f"zero{stage}.json"
         config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}}))
-        commands[processes].append(["--tune", "lora,post_decoder,lm_head", "--lora_r", 4, "--lora_dropout", 0, "--learning_rate", 1e-2,
-                                    "--max_steps", 3, "--keep_correct", "--per_device_train_batch_size", 2, "--deepspeed", config, *dpo_flags(world),
-                                    *["--offload"] * offload, "--output_dir", folder / f"{stage}-{offload}-{processes}"])
+        commands[processes].append([
+            "--tune", "lora,post_decoder,lm_head", "--lora_r", 4, "--lora_dropout", 0, "--learning_rate", 1e-2, "--max_steps", 3,
+            "--keep_correct", "--per_device_train_batch_size", 2, "--deepspeed", config, *dpo_flags(world), *["--offload"] * offload,
+            "--output_dir", folder / f"{stage}-{offload}-{processes}"])
     for processes, typed in commands.items():
         run_many(processes, folder, *typed)
     return folder
@@ -344,7 +347,7 @@ def matrix(world, tmp_path_factory):
 
 @pytest.mark.parametrize("stage, offload, processes", MATRIX)
 def test_every_zero_stage_gives_the_same_losses(matrix, stage, offload, processes):
-    """ZeRO 0 to 3, optimizer on the CPU or not, one process or two, accumulation 4 or 2: the same global batches, 1e-5 of each other."""
+    """ZeRO 0 to 3, optimizer on the CPU or not, one process or two, accumulation 4 or 2: the same global batches."""
     reference, ours = logged(matrix, "0-False-1"), logged(matrix, f"{stage}-{offload}-{processes}")
     for name in ("loss", "rewards/margin", "logps/chosen", "grad_norm"):
         expected = [row[name] for row in reference]
@@ -355,12 +358,13 @@ def test_every_zero_stage_gives_the_same_losses(matrix, stage, offload, processe
 def test_text_only_batches_under_zero3(world, tmp_path):
     """Conversations without an image, some batches of nothing else, on two processes: no hang, and the losses of one process."""
     rows = load_json(world.llava)[:16]
-    text = [{"conversations": [{"from": "human", "value": "Is a dog an animal?"}, {"from": "gpt", "value": "Yes, a dog is an animal."}]}] * 16
+    said = "Is a dog an animal?", "Yes, a dog is an animal."
+    text = [{"conversations": [{"from": who, "value": value} for who, value in zip(("human", "gpt"), said)]}] * 16
     data, config = tmp_path / "mixed.json", tmp_path / "zero3.json"
     data.write_text(json.dumps(rows + text))
     config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 3}}))
-    flags = ["--tune", "clip,projector,llama", "--loss", "sft", "--data_path", data, "--image_folder", world.images, "--model_name_or_path", world.base,
-             "--learning_rate", 1e-3, "--max_steps", 4, "--per_device_train_batch_size", 2]
+    flags = ["--tune", "clip,projector,llama", *llava_flags(world), "--data_path", data, "--learning_rate", 1e-3, "--max_steps", 4,
+             "--per_device_train_batch_size", 2]
     run_many(2, tmp_path, [*flags, "--deepspeed", config, "--output_dir", tmp_path / "two"])
     run_many(1, tmp_path, [*flags, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "one"])
     losses = [[row["loss"] for row in logged(tmp_path, name)] for name in ("one", "two")]
@@ -430,7 +434,7 @@ def llava_flags(world):
 
 
 def test_sft_of_a_global_batch_is_one_mean(world, tmp_path, in_this_process):
-    """However it is cut: one micro batch, eight of one row, or two processes. Rows differ in length, so means of means would not be."""
+    """However it is cut: one micro batch, eight of one row, or two processes. Rows differ in length, so a mean of means would not be."""
     common = ["--tune", "projector,llama,lm_head", "--learning_rate", 1e-2, "--max_steps", 4, *llava_flags(world)]
     cut = lambda name, micro, accumulation: [*common, "--output_dir", tmp_path / name, "--per_device_train_batch_size", micro,
                                              "--gradient_accumulation_steps", accumulation]
@@ -445,8 +449,9 @@ def test_sft_of_a_global_batch_is_one_mean(world, tmp_path, in_this_process):
 
 
 def test_sft_of_the_block(world, tmp_path, in_this_process):
-    """The notes' "Llava" rows: conversations instead of pairs, the trunk frozen; from kept features as with the trunk in the loop."""
-    flags = ["--tune", "post_decoder", "--learning_rate", 1e-2, "--max_steps", 4, "--per_device_train_batch_size", 8, *llava_flags(world)]
+    """The notes' "Llava" rows: conversations instead of pairs, from kept features as with the frozen trunk in the loop."""
+    flags = ["--tune", "post_decoder", "--learning_rate", 1e-2, "--max_steps", 4, "--per_device_train_batch_size", 8,
+             *llava_flags(world)]
     run_train(*flags, "--output_dir", tmp_path / "loop")
     run_train(*flags, "--output_dir", tmp_path / "kept", "--cache_features", tmp_path / "features")
     losses = [[row["loss"] for row in logged(tmp_path, name)] for name in ("loop", "kept")]
@@ -467,12 +472,14 @@ def test_dpo_of_the_whole_trunk(world, tmp_path, in_this_process):
     assert one[0]["loss"] == pytest.approx(math.log(2), abs=1e-7) and one[0]["rewards/margin"] == 0
     assert largest_difference("losses", [r["loss"] for r in one], [r["loss"] for r in two]) < 1e-3
     trunk, head, tokenizer, preprocess = load_base(world.base)
-    dataset = PackedDataset(read_hadpo(world.desc, world.pairs, world.vg), tokenizer, preprocess, trunk.config.vision.num_patches, 256)
+    patches = trunk.config.vision.num_patches
+    dataset = PackedDataset(read_hadpo(world.desc, world.pairs, world.vg), tokenizer, preprocess, patches, 256)
     assert len(dataset) < 7 * 32                                                 # into the second epoch
     objective = Objective(trunk.requires_grad_(True), head, "dpo").eval()
     for row, ids in zip(one, ResumableSampler(len(dataset), 7, 32, 32, 0, 1, 42)):
         chosen, rejected = objective(dataset[ids]).mean(0).tolist()
-        assert largest_difference("reference", [row["logps/reference_chosen"], row["logps/reference_rejected"]], [chosen, rejected]) < 1e-4
+        logged_reference = [row["logps/reference_chosen"], row["logps/reference_rejected"]]
+        assert largest_difference("reference", logged_reference, [chosen, rejected]) < 1e-4
     assert abs(one[-1]["rewards/margin"]) > 0.01
     trained, *_ = load_base(str(tmp_path / "one"))
     changed = {k for k, t in trained.state_dict().items() if not torch.equal(t, trunk.state_dict()[k])}
@@ -492,9 +499,8 @@ def test_a_run_of_a_sweep_is_the_run_alone(world, tmp_path, monkeypatch, in_this
     """Two variants that read different features, two rates: one load of the base, a folder each, and not a bit of difference."""
     loads = []
     monkeypatch.setattr(train, "load_base", lambda *args, **options: loads.append(1) or load_base(*args, **options))
-    run = lambda *flags: train.train(train.parse([str(flag) for flag in (
-        "--stage", 2, "--init", "identity", "--max_steps", 3, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2,
-        "--keep_correct", *flags, *dpo_flags(world))]))
+    run = lambda *flags: run_train("--stage", 2, "--init", "identity", "--max_steps", 3, "--per_device_train_batch_size", 8,
+                                   "--gradient_accumulation_steps", 2, "--keep_correct", *flags, *dpo_flags(world))
     run("--output_dir", tmp_path / "sweep", "--block", "align_after_align,self_attn,head", "--learning_rate", "1e-2", "3e-3")
     names = [f"sweep-{block}-{rate}" for block in ("align_after_align", "self_attn", "head") for rate in ("0.01", "0.003")]
     assert len(loads) == 1 and sorted(os.listdir(tmp_path)) == sorted(["features", *names])
@@ -507,11 +513,11 @@ def test_a_run_of_a_sweep_is_the_run_alone(world, tmp_path, monkeypatch, in_this
 
 
 def test_a_sweep_over_the_trunk_starts_every_run_from_the_base(world, tmp_path, in_this_process):
-    run = lambda name, *rates: train.train(train.parse([str(flag) for flag in (
-        "--stage", 0, "--max_steps", 2, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1, "--data_path", world.llava,
-        "--image_folder", world.images, "--model_name_or_path", world.base, "--output_dir", tmp_path / name, "--learning_rate", *rates)]))
+    run = lambda name, *rates: run_train("--stage", 0, "--max_steps", 2, "--per_device_train_batch_size", 8, *llava_flags(world),
+                                         "--gradient_accumulation_steps", 1, "--output_dir", tmp_path / name, "--learning_rate", *rates)
     run("sweep", 1e-2, 1e-3), run("alone", 1e-3)
-    first, second, alone = (open(f"{tmp_path}/{name}/model.safetensors", "rb").read() for name in ("sweep-0.01", "sweep-0.001", "alone"))
+    first, second, alone = (open(f"{tmp_path}/{name}/model.safetensors", "rb").read()
+                            for name in ("sweep-0.01", "sweep-0.001", "alone"))
     assert second == alone != first
 
 
