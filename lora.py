@@ -8,10 +8,18 @@ A starts as `nn.Linear` does (Kaiming-uniform, a = sqrt 5) and B as zero, as in 
 `weight` keeps its name, so a base loads and is recognised as ever; the new tensors are called `….q_proj.lora_A.weight`,
 as in peft's files (checkpoint.py writes them).
 """
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # all of a decoder layer's
+
+
+class Onto(nn.Linear):
+    """x, onto → onto + scale · W x, as one matrix product that adds: no pass over memory for the scale, nor for the sum."""
+
+    def forward(self, x, onto, scale):
+        return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), self.weight.T, alpha=scale).view_as(onto)
 
 
 class LoRALinear(nn.Linear):
@@ -22,12 +30,12 @@ class LoRALinear(nn.Linear):
         self.weight = linear.weight
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Linear(self.in_features, r, bias=False, **like)
-        self.lora_B = nn.Linear(r, self.out_features, bias=False, **like)
+        self.lora_B = Onto(r, self.out_features, bias=False, **like)
         nn.init.zeros_(self.lora_B.weight)
         self.dropout, self.scale = nn.Dropout(dropout), alpha / r
 
     def forward(self, x):
-        return F.linear(x, self.weight) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))    # eq. 3
+        return self.lora_B(self.lora_A(self.dropout(x)), F.linear(x, self.weight), self.scale)      # eq. 3
 
 
 def add_lora(model, r, alpha, dropout):

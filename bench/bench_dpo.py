@@ -3,12 +3,14 @@
     python bench/bench_dpo.py [--size 7b] [--stage 2] [--tokens 24 128 512]
 
 The peer is HA-DPO's recipe: LoRA (r 128, alpha 256, dropout 0.05) on all linear layers of LLaMA, gradient checkpointing,
-chosen and rejected as two rows, the reference with adapters off, AdamW; everything in bf16 and logits for answer tokens
-only, which is faster than the recipe. Ours is what train.py does through DeepSpeed: first with the trunk in the loop, as
-in an epoch without kept features, then a whole run (an ablation, another learning rate) from kept features. A pair is
-system prompt, image, question and two answers of as many tokens as the table says, `</s>` included. Batches are made
-before the clock starts, for both; reading kept features counts. Share of the peak: operations of tower and decoder (see
-peer.py) in the one pass of ours; LoRA needs four: policy, reference, recomputation, gradients of the activations.
+chosen and rejected as two rows, the reference with adapters off, AdamW, logits for answer tokens only; once with
+everything in bf16, AdamW's states too (fast and small, but steps of 2e-6 are lost in bf16's rounding), once with adapters
+in fp32 under autocast, as Hugging Face's trainers run it. Ours is what train.py does through DeepSpeed: first with the
+trunk in the loop, as in an epoch without kept features, then a whole run (an ablation, another learning rate) from kept
+features, then LoRA with master weights in fp32. A pair is system prompt, image, question and two answers of as many tokens
+as the table says, `</s>` included. Batches are made before the clock starts, for both; reading kept features counts. Share
+of the peak: operations of tower and decoder (see peer.py) in the one pass of ours; LoRA needs four: policy, reference,
+recomputation, gradients of the activations.
 """
 import argparse
 import os
@@ -23,15 +25,17 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import peft
 import torch
 
-import train
 from data import PackedDataset, ResumableSampler, batches_ahead, spare_cores
 from dpo import dpo_loss, token_logps
 from features import keep_features
+from loop import deepspeed_config, start_deepspeed
+from lora import add_lora
 from model import Head
+from objective import Objective, checkpoint_layers, set_trained
 from peer import (SIZES, Line, agreement, decoder_flops, environment, matmul_peak, measure, peer_inputs, peer_of, random_llava,
                   table, tower_flops, unpack, write_images)
 from readers import IMAGE, Example
-from train import STAGES, Objective, deepspeed_config, set_trained, start_deepspeed
+from train import STAGES
 
 BETA, LEARNING_RATE = 0.1, 5e-7
 
@@ -69,18 +73,26 @@ def identity(ours):
     return head
 
 
-def start_engine(deepspeed, ours, head, groups, micro_batch, accumulation=1, kept=False):
-    """DeepSpeed around the objective, as in train.py. `kept`: batches come from kept features."""
+def start_engine(deepspeed, ours, head, groups, micro_batch, accumulation=1, kept=False, zero=None, offload=False):
+    """DeepSpeed around the objective, as in train.py. `kept`: batches come from kept features; `zero`: a configuration file."""
     trained = set_trained(ours.trunk, head, groups)
     objective = Objective(None if kept else ours.trunk, head, "dpo", BETA, 0.0)
     optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    config = deepspeed_config(SimpleNamespace(deepspeed=None, per_device_train_batch_size=micro_batch, bf16=None, offload=False,
-                                              gradient_accumulation_steps=accumulation), 1, ours.device.type == "cuda")
+    config = deepspeed_config(SimpleNamespace(deepspeed=zero, per_device_train_batch_size=micro_batch, bf16=None, offload=offload,
+                                              gradient_accumulation_steps=accumulation),
+                              torch.distributed.get_world_size(), ours.device.type == "cuda")
     return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
 
 
-def step(engine, batch, *reference):
-    loss, _ = engine(batch, *reference)
+def step(engine, batch):
+    """One optimizer step; where the trunk learns, behind the reference's pass, which train.py needs once per pair."""
+    reference = None
+    if engine.module.needs_table:
+        engine.eval()
+        with torch.no_grad():
+            reference = engine(batch)
+        engine.train()
+    loss, _ = engine(batch, None, reference)
     engine.backward(loss)
     engine.step()
 
@@ -117,21 +129,13 @@ def from_features(deepspeed, ours, stage, micro_batch, dataset, tokens, steps, g
 
 def with_lora(deepspeed, ours, micro_batch, datasets, repeats):
     """Optimizer steps of HA-DPO itself, `train.py --lora_r 128 --gradient_checkpointing` → {tokens: Line}. Changes the trunk."""
-    train.add_lora(ours.trunk.model, 128, 256, 0.05)
-    train.checkpoint_layers(ours.trunk.model)
+    add_lora(ours.trunk.model, 128, 256, 0.05)
+    checkpoint_layers(ours.trunk.model)
     lines = {}
     for tokens, dataset in datasets.items():
         engine = start_engine(deepspeed, ours, ours.head, ("lora",), micro_batch)
         batch, rows = dataset[list(range(micro_batch))], [dataset.row(n).position for n in range(micro_batch)]
-
-        def one_step():
-            moved = batch.to(ours.device, ours.dtype)
-            with torch.no_grad():                           # of the model before its first step; once per pair, for all epochs
-                reference = engine.module.eval()(moved)
-            engine.module.train()
-            step(engine, moved, None, reference)
-
-        measured = measure(one_step, ours.device, repeats, warm_up=2)
+        measured = measure(lambda: step(engine, batch.to(ours.device, ours.dtype)), ours.device, repeats, warm_up=2)
         engine.destroy()
         lines[tokens] = line_of(ours.config, f"{tokens} tokens: ours, LoRA, {micro_batch} pairs", measured, micro_batch, rows, 4, 2)
     return lines
@@ -149,10 +153,10 @@ def our_logps(ours, dataset, count):
 # The peer
 
 
-def with_peft(theirs):
+def with_peft(theirs, fp32):
     """theirs with adapters in training mode → PeftModel, optimizer."""
     model = peft.get_peft_model(theirs, peft.LoraConfig(r=128, lora_alpha=256, lora_dropout=0.05, target_modules=(
-        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")), autocast_adapter_dtype=False)
+        r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")), autocast_adapter_dtype=fp32)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     return model.train(), torch.optim.AdamW(trained, lr=2e-6, weight_decay=0.0, fused=True)
@@ -181,11 +185,21 @@ def peer_step(model, optimizer, inputs, tokens):
     optimizer.zero_grad()
 
 
-def time_peer(ours, model, optimizer, dataset, pairs, tokens, repeats):
-    """Optimizer steps of the peer → Line."""
-    inputs, lengths = peer_batch(ours, dataset, pairs)
-    measured = measure(lambda: peer_step(model, optimizer, inputs, tokens), ours.device, repeats, warm_up=2)
-    return line_of(ours.config, f"{tokens} tokens: peft, LoRA, {pairs} pairs", measured, pairs, [range(n) for n in lengths], 4, 2)
+def time_peer(ours, theirs, fp32, datasets, pairs, repeats):
+    """Optimizer steps of the peer → {tokens: Line}."""
+    (model, optimizer), lines = with_peft(theirs, fp32), {}
+    what = f"peft, LoRA, {'adapters in fp32, autocast' if fp32 else 'adapters in bf16'}, {pairs} pairs"
+    for tokens, dataset in datasets.items():
+        inputs, lengths = peer_batch(ours, dataset, pairs)
+
+        def one_step():
+            with torch.autocast(ours.device.type, ours.dtype, enabled=fp32 and ours.dtype != torch.float32):
+                peer_step(model, optimizer, inputs, tokens)
+
+        measured = measure(one_step, ours.device, repeats, warm_up=2)
+        lines[tokens] = line_of(ours.config, f"{tokens} tokens: {what}", measured, pairs, [range(n) for n in lengths], 4, 2)
+    model.unload()
+    return lines
 
 
 def main(argv=None):
@@ -218,14 +232,14 @@ def main(argv=None):
         said = our_logps(ours, datasets[first], args.peer_pairs)
         with torch.no_grad():
             expected = peer_logps(theirs, peer_batch(ours, datasets[first], args.peer_pairs)[0], first)
-        model, optimizer = with_peft(theirs)
-        peers = {tokens: time_peer(ours, model, optimizer, dataset, args.peer_pairs, tokens, args.repeats)
-                 for tokens, dataset in datasets.items()}
-        del theirs, model, optimizer
-        if hasattr(train, "add_lora"):
-            for tokens, line in with_lora(deepspeed, ours, args.peer_pairs, datasets, args.repeats).items():
-                lines[tokens].insert(0, line)
-    shown = [line for tokens, peer in peers.items() for line in (peer, *(replace(line, peers=(peer,)) for line in lines[tokens]))]
+        peers = [time_peer(ours, theirs, fp32, datasets, args.peer_pairs, args.repeats) for fp32 in (False, True)]
+        del theirs
+        for tokens, line in with_lora(deepspeed, ours, args.peer_pairs, datasets, args.repeats).items():
+            lines[tokens].insert(0, line)
+    shown = []
+    for tokens in args.tokens:
+        beside = tuple(peer[tokens] for peer in peers)
+        shown += [*beside, *(replace(line, peers=beside) for line in lines[tokens])]
     print("\n" + table(shown, "pair", args.global_batch, peak) + "\n")
     agreement("log-probabilities of the same answers, adapters off", said, expected, ours.dtype)
     torch.distributed.destroy_process_group()

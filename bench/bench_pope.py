@@ -1,7 +1,7 @@
 """All 9,000 answers of POPE from image files, beside transformers on the same GPU with the same weights.
 
     python bench/bench_pope.py [--size 7b] [--images 500]
-    torchrun --nproc_per_node 4 bench/bench_pope.py              # ours only, images split over the processes
+    torchrun --nproc_per_node 4 bench/bench_pope.py              # ours only, images split over the processes (also 1)
 
 Writes as many JPEG files of 640 × 480 as POPE has images, and question files in POPE's proportions: 6 questions per image
 and split, the yes-questions the same in all three, so that about 5,130 of the 9,000 are distinct. Ours is `eval_pope.ask`,
@@ -179,7 +179,7 @@ def main(argv=None):
     parser.add_argument("--peer_batched", type=int, default=512, help="questions that the peer answers in batches")
     parser.add_argument("--peer_batch", type=int, default=64, help="questions at once, peer")
     args = parser.parse_args(argv)
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = "WORLD_SIZE" not in os.environ
     if not alone:
         dist.init_process_group("gloo")                     # as in eval_pope.py
     ours = random_llava(args.size)
