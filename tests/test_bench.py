@@ -70,8 +70,18 @@ def test_dpo():
                     "--pairs", 8, "--steps", 2, "--global_batch", 8, "--repeats", 1)
     lines = lines_of(said)
     assert lines["6 tokens: ours, a whole run of 2 steps from kept features"][0] == "16"
-    assert {f"{n} tokens: {who}" for n in (6, 10) for who in ("peft, LoRA, 2 pairs", "ours, stage 2, 4 pairs")} <= lines.keys()
+    assert {f"{n} tokens: {who}" for n in (6, 10) for who in (
+        "peft, LoRA, adapters in bf16, 2 pairs", "peft, LoRA, adapters in fp32, autocast, 2 pairs", "ours, LoRA, 2 pairs",
+        "ours, stage 2, 4 pairs")} <= lines.keys()
     assert "adapters off: differ by" in said
+
+
+def test_zero_on_several_processes():
+    said = succeeds("torchrun", "--nproc_per_node", 2, "bench/bench_zero.py", "--size", "tiny", "--pairs", 2, "--tokens", 6,
+                    "--repeats", 1, "--only", "LoRA")
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| 2 |")]
+    assert [(row[1], row[2]) for row in rows] == [("LoRA", zero) for zero in ("0", "1", "2", "2 + offload", "3")]
+    assert all(float(row[3]) > 0 for row in rows)
 
 
 def test_both_sides_hold_the_same_memory():
