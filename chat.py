@@ -105,7 +105,8 @@ class Chat:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="model.py")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="model.py",
+                                     epilog="python model.py --explain [CKPT]: instead, one preference pair step by step")
     parser.add_argument("checkpoints", nargs=1, metavar="CKPT", help="trained checkpoint, LoRA adapter, or a base")
     parser.add_argument("--image", help="a picture; without one the conversation is about nothing")
     parser.add_argument("--prompt", help="ask this, print the answer and end")

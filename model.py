@@ -11,9 +11,9 @@ are computed only where an answer token is predicted, never for a whole row.
     logits = head(*answer_states(head, hidden, features, batch))          # (B, A, vocab)
     tokens, first_logits = generate(trunk, [head, other_head], batch, max_new_tokens=128)[0]
 
-Loading and saving: checkpoint.py. Talking to one: `python model.py CKPT` (chat.py). Follows LLaVA-1.5 (arXiv 2310.03744);
-parameter names are those of its files. Deliberately different: `Trunk` has no `lm_head`, and the image's place in the
-row is expanded by data.py.
+Loading and saving: checkpoint.py. `python model.py CKPT` talks to one (chat.py), `python model.py --explain` shows how one
+preference pair passes through it (explain.py). Follows LLaVA-1.5 (arXiv 2310.03744); parameter names are those of its files.
+Deliberately different: `Trunk` has no `lm_head`, and the image's place in the row is expanded by data.py.
 """
 from dataclasses import dataclass, field
 
@@ -233,6 +233,10 @@ def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None,
     return results
 
 
-if __name__ == "__main__":      # python model.py CKPT: talk to it
-    import chat
-    chat.run_program(chat.main)
+if __name__ == "__main__":
+    import sys
+    if "--explain" in sys.argv:
+        import explain as program
+    else:
+        import chat as program
+    program.run_program(program.main)
