@@ -17,6 +17,7 @@ import math
 import os
 import tempfile
 import textwrap
+from dataclasses import dataclass
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall for seconds where cores are shared
 import torch
@@ -25,14 +26,14 @@ import torch.nn.functional as F
 import shapes
 from checkpoint import kind, read_config
 from clip_vit import CLIPVisionTower
-from data import IMAGE_ID, ImageProcessor, PackedDataset, Tokenizer, collate, encode_conversation, pack
+from data import IMAGE_ID, Batch, ImageProcessor, PackedDataset, Row, Tokenizer, collate, encode_conversation, pack
 from dpo import CHOSEN, REJECTED, dpo_loss, mean_nll, sequence_logps
 from eval_pope import load_all
 from llama import LlamaModel, branch_mask
 from model import Head, Trunk, answer_states
 from objective import Objective, set_trained
 from post_decoder import Block, BlockAttention, PostInteractionBlock
-from readers import InputError, read_hadpo, read_json, run_program
+from readers import Example, InputError, read_hadpo, read_json, run_program
 from tiny import TINY_LLAVA
 
 WIDTH = 110
@@ -47,7 +48,7 @@ MOST_TENSORS = 4
 
 
 def load(path):
-    """A trained checkpoint or a base → Objective, tokenizer, preprocess, examples. Data, loss and reference are those of its run."""
+    """A trained checkpoint or a base → Objective, tokenizer, preprocess, examples; data, loss and reference as in its run."""
     what = kind(path)
     if what not in ("trained", "base"):
         raise InputError(f"{path}: neither a base nor a checkpoint of train.py's stages; --explain needs one that names its data")
@@ -183,140 +184,160 @@ def watch(modules, run):
 # The stages
 
 
+@dataclass
+class Passage:
+    """One pair, and what became of it."""
+    example: Example
+    row: Row
+    pieces: list            # of the row's tokens, as text
+    batch: Batch            # of this row alone
+    objective: Objective    # with the pair's gradient
+    metrics: dict
+    seen: dict              # {module: (inputs, output)}
+
+
 def explain(objective, dataset, i):
     """Example i of a PackedDataset on its way through an Objective → lines of text."""
     row, parameter = dataset.row(i), next(objective.parameters())
     batch = dataset[[i]].to(parameter.device, parameter.dtype)
     pieces = ["<image>" if t == IMAGE_ID else dataset.tokenizer.model.id_to_piece(t).replace("\n", "\\n") for t in row.input_ids]
     (loss, metrics), seen = watch(objective.modules(), lambda: objective(batch))
-    yield from text(dataset.examples[i])
-    yield from tokens(row, pieces)
-    yield from mask(row, batch, pieces)
-    yield from frozen(objective.trunk, row, batch, seen, seen[objective.head][0][0])
-    yield from block(objective.head.post_interaction_block, batch, seen)
-    yield from log_probabilities(objective, row, batch, pieces, *seen[objective.head])
-    yield from losses(objective, metrics)
     loss.backward()
-    yield from gradients(objective.head)
+    passage = Passage(dataset.examples[i], row, pieces, batch, objective, {k: float(v) for k, v in metrics.items()}, seen)
+    for stage in (text, tokens, mask, frozen_trunk, block, log_probabilities, losses, gradients):
+        yield ""
+        yield from stage(passage)
 
 
-def text(example):
-    (question, chosen), (_, rejected) = (turns[0] for turns in example.conversations)
-    yield from ("", line("1  A ROW OF HA-DPO'S FILE", f"{at(read_hadpo)} read_hadpo"), f"   image     {example.image}")
+def text(p):
+    (question, chosen), (_, rejected) = (turns[0] for turns in p.example.conversations)
+    yield line("1  A ROW OF HA-DPO'S FILE", f"{at(read_hadpo)} read_hadpo")
+    yield f"   image     {p.example.image}"
     for name, said in ("question", question), ("chosen", chosen), ("rejected", rejected):
         for n, part in enumerate(textwrap.wrap(said.replace("\n", "\\n"), WIDTH - 13)):
             yield f"   {'' if n else name:<10}{part}"
 
 
-def tokens(row, pieces):
-    prefix = row.branch.count(0)
-    yield from ("", line("2  TOKENS: what both answers share stands in the row once", f"{at(encode_conversation)} encode_conversation"),
-                line(f"   branch 0, the prefix: tokens 0 to {prefix - 1}, positions alike, no labels",
-                     f"{at(pack)} pack"))
-    runs = [(piece, len(list(same))) for piece, same in itertools.groupby(pieces[:prefix])]
-    said = " ".join((piece if len(piece) < 40 else f"{piece[:16]}…{piece[-11:]}") + (f" × {n}" if n > 1 else "") for piece, n in runs)
+def tokens(p):
+    row, prefix = p.row, p.row.branch.count(0)
+    yield line("2  TOKENS: what both answers share stands in the row once", f"{at(encode_conversation)} encode_conversation")
+    yield line(f"   branch 0, the prefix: tokens 0 to {prefix - 1}, positions alike, no labels", f"{at(pack)} pack")
+    runs = [(piece, len(list(same))) for piece, same in itertools.groupby(p.pieces[:prefix])]
+    runs = [(f"{piece[:16]}…{piece[-11:]}" if len(piece) > 40 else piece, n) for piece, n in runs]
+    said = " ".join(f"{piece} × {n}" if n > 1 else piece for piece, n in runs)
     yield from (f"      {part}" for part in textwrap.wrap(said, WIDTH - 6))
     columns = []
     for number, name in (CHOSEN, "chosen"), (REJECTED, "rejected"):
         columns.append([f"branch {number}, {name}", "token  position  piece       label  predicted by"])
-        columns[-1] += [f"{t:>5}  {row.position[t]:>8}  {pieces[t]:<11}{row.target[k]:>6}  {row.source[k]:>12}"
+        columns[-1] += [f"{t:>5}  {row.position[t]:>8}  {p.pieces[t]:<11}{row.target[k]:>6}  {row.source[k]:>12}"
                         for t, k in answer_tokens(row, number)]
     yield from side_by_side(*columns)
     yield f"   Both answers begin at position {prefix}, and token {prefix - 1} predicts the first word of both."
 
 
-def mask(row, batch, pieces):
-    shown = shown_tokens(row)
-    position, branch = batch.position[:, shown], batch.branch[:, shown]
-    yield from ("", line("3  WHO SEES WHOM: what is not later, and in the prefix or in one's own branch", f"{at(branch_mask)} branch_mask"))
-    for t, drawn in zip(shown, mask_picture(branch_mask(position, branch, position, branch)[0, 0], branch[0].tolist())):
-        yield f"   {t:>4} {pieces[t] if len(pieces[t]) < 16 else pieces[t][:14] + '…':<16}{drawn}"
-    yield f"   {len(shown)} of {len(pieces)} tokens: the others would be more of the same"
+def mask(p):
+    shown = shown_tokens(p.row)
+    position, branch = p.batch.position[:, shown], p.batch.branch[:, shown]
+    picture = mask_picture(branch_mask(position, branch, position, branch)[0, 0], branch[0].tolist())
+    yield line("3  WHO SEES WHOM: what is not later, and in the prefix or in one's own branch", f"{at(branch_mask)} branch_mask")
+    yield from (f"   {t:>4} {p.pieces[t][:15]:<16}{drawn}" for t, drawn in zip(shown, picture))
+    yield f"   {len(shown)} of {len(p.pieces)} tokens: the others would be more of the same"
 
 
-def frozen(trunk, row, batch, seen, h):
-    vision, pixels, patches = trunk.config.vision, batch.pixel_values, trunk.config.vision.num_patches
-    yield from ("", line("4  THE TRUNK, frozen", f"{at(Trunk.forward)} Trunk.forward"))
-    yield tensor("pixel values", pixels, f"from {pixels.min():.2f} to {pixels.max():.2f}, normalised as for CLIP", at(ImageProcessor))
-    yield tensor("CLIP's features F", seen[trunk.vision_tower][1], f"{patches} patches of {vision.patch_size} × {vision.patch_size} pixels, "
-                 f"layer {trunk.config.select_layer}", at(CLIPVisionTower.forward))
+def frozen_trunk(p):
+    trunk, pixels, seen = p.objective.trunk, p.batch.pixel_values, p.seen
+    vision, patches = trunk.config.vision, trunk.config.vision.num_patches
+    yield line("4  THE TRUNK, frozen", f"{at(Trunk.forward)} Trunk.forward")
+    yield tensor("pixel values", pixels, f"{pixels.min():.2f} to {pixels.max():.2f}, normalised as for CLIP", at(ImageProcessor))
+    yield tensor("CLIP's features F", seen[trunk.vision_tower][1], f"one for each patch of {vision.patch_size} × "
+                 f"{vision.patch_size} pixels, layer {trunk.config.select_layer}", at(CLIPVisionTower.forward))
     yield tensor("projected", seen[trunk.model.mm_projector][1], f"in the places of the {patches} <image> tokens", at(Trunk.embed))
-    yield tensor("embeddings", seen[trunk.model][0][0], f"{len(row.input_ids)} tokens, padded to a multiple of 8", at(collate))
-    yield tensor("hidden states", seen[trunk.model][1], f"behind {len(trunk.model.layers)} layers and the last norm", at(LlamaModel.forward))
-    yield tensor("h", h, "of them those that predict an answer token", at(answer_states))
+    yield tensor("embeddings", seen[trunk.model][0][0], f"{len(p.pieces)} tokens, padded to a multiple of 8", at(collate))
+    yield tensor("hidden states", seen[trunk.model][1], f"behind {len(trunk.model.layers)} layers and the last norm",
+                 at(LlamaModel.forward))
+    yield tensor("h", seen[p.objective.head][0][0], "of them those that predict an answer token", at(answer_states))
 
 
-def block(module, batch, seen):
+def block(p):
+    module = p.objective.head.post_interaction_block
     if module is None:
-        yield from ("", "5  NO POST-INTERACTION BLOCK: h goes to lm_head as it is")
+        yield "5  NO POST-INTERACTION BLOCK: h goes to lm_head as it is"
         return
-    (h, context, *_), out = seen[module]
-    size, heads = sum(p.numel() for p in module.parameters()), module.config.num_attention_heads
-    yield from ("", line(f"5  THE POST-INTERACTION BLOCK, {size:,} numbers", f"{at(PostInteractionBlock)} PostInteractionBlock"))
+    (h, context, *_), out = p.seen[module]
+    yield line(f"5  THE POST-INTERACTION BLOCK, {sum(x.numel() for x in module.parameters()):,} numbers",
+               f"{at(PostInteractionBlock)} PostInteractionBlock")
+
     equations = {"image_norm": ("eq. 1  f = LayerNorm(align(F))", "f", PostInteractionBlock),
                  "cross_attn": ("eq. 2  a = h + Attention(LN1(h), f)", "a − h", Block),
                  "self_attn": ("eq. 2  a = h + Attention(LN1(h), LN1(H))", "a − h", Block),
                  "mlp": ("eq. 3  b = a + W2 SiLU(W1 LN2(a))", "b − a", Block)}
-    for name, part in module.named_modules():
-        if (end := name.rpartition(".")[2]) in equations and not name.startswith("align"):
-            equation, change, owner = equations[end]
-            x = seen[part][1]
-            yield line(f"   {equation:<41}{str(tuple(x.shape)):<16}largest |{change}| {x.abs().max():.4f}", at(owner, "# " + equation[:5]))
-    equation = "eq. 4  out = b" + " + h" * module.config.outer_residual
-    yield line(f"   {equation:<41}{str(tuple(out.shape)):<16}largest |out − h| {(out - h).abs().max():.4f}", at(PostInteractionBlock, "# eq. 4"))
+    if module.config.attention == "none":
+        equations["mlp"] = "eq. 3  b = h + W2 SiLU(W1 LN1(h))", "b − h", Block
+    parts = [(*equations[end], p.seen[part][1]) for name, part in module.named_modules()
+             if (end := name.rpartition(".")[2]) in equations]
+    whole = "eq. 4  out = b" + " + h" * module.config.outer_residual, "out − h", PostInteractionBlock, out - h
+    for equation, name, where, x in (*parts, whole):
+        size = f"largest |{name}| {four(x.detach().abs().max())}"
+        yield line(f"   {equation:<41}{str(tuple(x.shape)):<16}{size}", at(where, f"# {equation[:5]}"))
     if module.is_identity():
         yield "   The identity, because out_proj and fc2 start at zero: policy = reference, and this is step 0."
     if module.config.attention == "cross":
         weights = module.attention_weights(h[:, :1], context)[0, :, 0].mean(0)              # (P,)
         side = math.isqrt(len(weights))
         drawn = side * max(1, 12 // side)
-        yield line(f"   The image, and where eq. 2 looks for the first answer token ({heads} heads' mean, "
-                   f"{100 * weights.min():.1f} to {100 * weights.max():.1f} % a patch)", at(BlockAttention.weights))
-        pictures = shaded(batch.pixel_values[0].mean(0), drawn), shaded(weights.view(side, side), drawn)
+        yield line(f"   The image, and where eq. 2 looks for the first answer token: {100 * weights.min():.1f} to "
+                   f"{100 * weights.max():.1f} % a patch", at(BlockAttention.weights))
+        pictures = shaded(p.batch.pixel_values[0].mean(0), drawn), shaded(weights.view(side, side), drawn)
         yield from (f"   │{image}│    │{looks}│" for image, looks in zip(*pictures))
 
 
-def log_probabilities(objective, row, batch, pieces, states, logits):
-    yield from ("", line("6  LOG-PROBABILITIES, in nats", f"{at(Objective.logps)} Objective.logps"))
+def log_probabilities(p):
+    states, logits = p.seen[p.objective.head]
+    yield line("6  LOG-PROBABILITIES, in nats", f"{at(Objective.logps)} Objective.logps")
     yield tensor("logits", logits, "lm_head, for answer tokens only", at(Head.forward))
     with torch.no_grad():
-        policy, reference = (objective.logps(head, states[:3], batch) for head in (objective.head, objective.reference))
-        sums = [sequence_logps(x, batch.target_branch)[0] for x in (policy, reference)]
+        policy, reference = (p.objective.logps(head, states[:3], p.batch) for head in (p.objective.head, p.objective.reference))
+        sums = zip(*(sequence_logps(x, p.batch.target_branch)[0] for x in (policy, reference)))
     columns = []
     for number, name in (CHOSEN, "chosen"), (REJECTED, "rejected"):
         columns.append([f"{name:<14}{'log π':>10}{'log π_ref':>13}"])
-        columns[-1] += [f"{pieces[t]:<14}{four(policy[0, k]):>10}{four(reference[0, k]):>13}" for t, k in answer_tokens(row, number)]
+        columns[-1] += [f"{p.pieces[t]:<14}{four(policy[0, k]):>10}{four(reference[0, k]):>13}"
+                        for t, k in answer_tokens(p.row, number)]
     yield from side_by_side(*columns)
-    chosen, rejected = (f"{'sum':<14}{four(ours):>10}{four(theirs):>13}" for ours, theirs in zip(*sums))
+    chosen, rejected = (f"{'sum':<14}{four(ours):>10}{four(theirs):>13}" for ours, theirs in sums)
     yield line(f"   {chosen:<54}{rejected}", at(sequence_logps))
 
 
-def losses(objective, metrics):
-    m, loss, beta, e = {name: float(x) for name, x in metrics.items()}, objective.loss, objective.beta, objective.label_smoothing
-    equation, code, source = {
-        "dpo": ("−log σ(margin)", "F.logsigmoid(margin)", "DPO, eq. 7"), "ipo": ("(margin / β − 1 / 2β)²", "1 / (2 * beta)) **", "IPO, eq. 17"),
-        "hinge": ("max(0, 1 − margin)", "F.relu(1 - margin)", "SLiC")}[loss]
-    equation, source = (f"{1 - e:g} · −log σ(margin) + {e:g} · −log σ(−margin)", "conservative DPO, eq. 3") if e else (equation, source)
-    preference = m["loss"] - objective.sft_weight * m["nll"]
-    yield from ("", line("7  THE LOSS", f"{at(dpo_loss)} dpo_loss"))
-    rows = [(f"reward, chosen    β (log π − log π_ref), β = {beta:g}", m["rewards/chosen"], "DPO, below eq. 5", "chosen_rewards = beta"),
-            ("reward, rejected  β (log π − log π_ref)", m["rewards/rejected"], "", "rejected_rewards = beta"),
-            ("margin            chosen − rejected", m["rewards/margin"], "", "margin = chosen_rewards"),
-            (f"{loss:<18}{equation}", preference, source + (" = ln 2" if abs(preference - math.log(2)) < 1e-6 else ""), code)]
-    yield from (line(f"   {what:<60}{four(value):>9}   {said}", at(dpo_loss, code)) for what, value, said, code in rows)
-    yield line(f"   {'NLL               mean of −log π over the chosen tokens':<60}{m['nll']:9.4f}", at(mean_nll))
-    yield line(f"   {f'loss              {loss} + {objective.sft_weight:g} · NLL':<60}{m['loss']:9.4f}", at(Objective, "self.sft_weight * nll"))
+def losses(p):
+    o, m = p.objective, p.metrics
+    equation, code, source = {"dpo": ("−log σ(margin)", "F.logsigmoid(margin)", "DPO, eq. 7"),
+                              "ipo": ("(margin / β − 1 / 2β)²", "1 / (2 * beta)) **", "IPO, eq. 17"),
+                              "hinge": ("max(0, 1 − margin)", "F.relu(1 - margin)", "SLiC")}[o.loss]
+    if o.label_smoothing:
+        equation, source = f"{100 * o.label_smoothing:g} % of the labels are taken to be wrong", "conservative DPO, eq. 3"
+    preference = m["loss"] - o.sft_weight * m["nll"]
+    source += " = ln 2" if abs(preference - math.log(2)) < 1e-6 else ""
+    rows = [("reward, chosen", f"β (log π − log π_ref), β = {o.beta:g}", m["rewards/chosen"], "DPO, below eq. 5", dpo_loss,
+             "chosen_rewards ="),
+            ("reward, rejected", "the same of the rejected answer", m["rewards/rejected"], "", dpo_loss, "rejected_rewards ="),
+            ("margin", "chosen − rejected", m["rewards/margin"], "", dpo_loss, "margin = chosen_rewards"),
+            (o.loss, equation, preference, source, dpo_loss, code),
+            ("NLL", "mean of −log π over the chosen tokens", m["nll"], "", mean_nll, None),
+            ("loss", f"{o.loss} + {o.sft_weight:g} · NLL", m["loss"], "", Objective, "self.sft_weight * nll")]
+    yield line("7  THE LOSS", f"{at(dpo_loss)} dpo_loss")
+    yield from (line(f"   {name:<18}{equation:<42}{four(value):>9}   {source}", at(where, code))
+                for name, equation, value, source, where, code in rows)
 
 
-def gradients(head):
-    norms = {name: float(p.grad.norm()) for name, p in head.named_parameters() if p.grad is not None}
+def gradients(p):
+    norms = {name: float(x.grad.norm()) for name, x in p.objective.head.named_parameters() if x.grad is not None}
     moved = sorted((name for name in norms if norms[name]), key=norms.get, reverse=True)
-    yield from ("", line("8  THE GRADIENT of this pair", f"{at(set_trained)} set_trained"))
-    yield from (f"   {name:<60}{norms[name]:9.4f}   {tuple(head.get_parameter(name).shape)}" for name in moved[:MOST_TENSORS])
+    yield line("8  THE GRADIENT of this pair", f"{at(set_trained)} set_trained")
+    yield from (f"   {name:<60}{norms[name]:9.4f}" for name in moved[:MOST_TENSORS])
     if len(moved) > MOST_TENSORS:
-        yield f"   {f'{len(moved) - MOST_TENSORS} other tensors':<60}{'less':>9}"
-    if len(moved) < len(norms):
-        yield f"   {f'the other {len(norms) - len(moved)} tensors of {len(norms)}':<60}{0:9.4f}   until what multiplies them is no longer zero"
+        yield f"   {f'{len(moved) - MOST_TENSORS} others':<60}{'less':>9}"
+    if still := len(norms) - len(moved):
+        yield f"   {f'{still} others':<60}{0:9.4f}   what multiplies them is still zero"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +353,7 @@ def main():
     path = args.checkpoint or (TINY if os.path.isfile("out/world/hadpo/pope_data.json") and os.path.isdir(TINY) else None)
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
-            print("no tiny world in out/: drawing a small one in a temporary folder, with a random model (train.py makes the real one)")
+            print("no tiny world in out/ (train.py makes it): drawing a small one, with a random model, in a temporary folder")
         objective, tokenizer, preprocess, examples = load(path) if path else random_model(os.path.join(folder, "world"))
         if not 0 <= args.pair < len(examples):
             raise InputError(f"--pair {args.pair}: the data hold {len(examples)} pairs, counted from 0")
