@@ -72,7 +72,7 @@ def test_step_0(world, base):
             assert position == str(prefix + columns.index([token, position, piece, label, source]))
 
     shown = shown_tokens(row)
-    drawn = [re.findall("[■·]", line) for line in mask if re.match(r" +\d+ ", line)]
+    drawn = [re.findall("[■·]", line) for line in mask[1:-1]]
     assert [int(line.split()[0]) for line in mask[1:-1]] == shown and shown[-1] == len(row.input_ids) - 1
     assert drawn == [["■" if row.position[j] <= row.position[i] and row.branch[j] in (0, row.branch[i]) else "·" for j in shown]
                      for i in shown]

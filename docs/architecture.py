@@ -1,0 +1,119 @@
+"""The figure of the README: the path of one preference pair from picture and text to the loss, as SVG.
+
+    python docs/architecture.py            # writes docs/architecture.svg
+
+Colours are those of plots.py, light and dark. The small mask is drawn by the function that makes the real one.
+"""
+import os
+import sys
+from html import escape
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(FOLDER))
+import torch
+
+from llama import branch_mask
+from plots import STYLE, svg
+
+WIDTH, HEIGHT = 1000, 568
+IMAGE, CHOSEN, REJECTED, FROZEN, TRAINED = "c3", "c1", "c2", "c0", "c4"      # plots.py's colours
+CLASSES = """
+svg.chart { font-size: 12.5px; }
+svg.chart .name { font-weight: 600; font-size: 14px; }
+svg.chart .small { fill: var(--soft); font-size: 11px; }
+svg.chart .mono { font-family: ui-monospace, monospace; font-size: 11.5px; }
+svg.chart .wire { fill: none; stroke: var(--ink); stroke-width: 1.3; marker-end: url(#tip); }
+"""
+TIP = ('<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+       '<path d="M0 0L8 4L0 8Z" fill="var(--ink)"/></marker>')
+
+
+def text(x, y, said, kind="", anchor="middle", colour=None):
+    fill = f' style="fill: var(--{colour})"' if colour else ""
+    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}"{fill}>{escape(said)}</text>'
+
+
+def rectangle(x, y, width, height, colour, strength=0.14, dashed=False, round=6):
+    dashes = ' stroke-dasharray="5 3"' if dashed else ""
+    return (f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{round}" fill="var(--{colour})" fill-opacity="{strength}" '
+            f'stroke="var(--{colour})" stroke-width="1.3"{dashes}/>')
+
+
+def box(x, y, width, height, name, file, colour):
+    middle = x + width / 2
+    return rectangle(x, y, width, height, colour) + text(middle, y + height / 2 - 2, name, "name") + text(
+        middle, y + height / 2 + 15, file, "small")
+
+
+def wire(path):
+    return f'<path class="wire" d="{path}"/>'
+
+
+def cells(x, y, count, colour):
+    """Tokens of a row, 14 wide."""
+    return "".join(rectangle(x + 14 * n, y, 12, 20, colour, 0.35, round=2) for n in range(count))
+
+
+def draw():
+    out = []
+    # The picture, the tower, and its features on their two ways.
+    for n in range(36):
+        out.append(rectangle(24 + 14 * (n % 6), 52 + 14 * (n // 6), 12, 12, IMAGE, 0.6 if n in (13, 14, 19, 20, 28) else 0.12, round=1))
+    out += [text(24, 40, "image, in patches", anchor="start"), wire("M114 93H144"), box(148, 62, 122, 62, "CLIP tower", "clip_vit.py", FROZEN),
+            wire("M272 93H635V162"), text(282, 84, "F: patch features (N, P, 1024)", anchor="start"),
+            text(647, 114, "a second look at the image", anchor="start", colour=TRAINED),
+            wire("M209 124V150"), box(148, 152, 122, 50, "projector", "model.py", FROZEN),
+            wire("M209 202V222H122V252")]
+    # The packed row.
+    out += [cells(24, 272, 2, FROZEN), cells(52, 272, 8, IMAGE), cells(164, 272, 3, FROZEN), cells(224, 256, 6, CHOSEN),
+            cells(224, 288, 6, REJECTED), text(24, 312, "prefix: system, image, question", "small", "start"),
+            text(266, 250, "chosen", colour=CHOSEN), text(266, 326, "rejected", colour=REJECTED),
+            '<path d="M206 282C214 282 214 266 222 266M206 282C214 282 214 298 222 298" fill="none" stroke="var(--ink)"/>',
+            text(24, 242, "packed row", "name", "start"), wire("M310 282H338")]
+    # Who sees whom.
+    prefix, answer, side = 7, 5, 7
+    position = torch.tensor([[*range(prefix), *range(prefix, prefix + answer), *range(prefix, prefix + answer)]])
+    branch = torch.tensor([[0] * prefix + [1] * answer + [2] * answer])
+    colours = (FROZEN, CHOSEN, REJECTED)
+    for i, row in enumerate(branch_mask(position, branch, position, branch)[0, 0].tolist()):
+        for j, seen in enumerate(row):
+            colour = colours[branch[0, j]] if seen else "faint"
+            out.append(rectangle(24 + side * j, 372 + side * i, side - 2, side - 2, colour, 0.75 if seen else 0.15, round=0)
+                       .replace('stroke-width="1.3"', 'stroke-width="0"'))
+    out += [text(160, 384, "who sees whom (rows: from, columns: to):", "small", "start"),
+            text(160, 400, "a token sees what is not later,", "small", "start"),
+            text(160, 416, "in the prefix or in its own branch.", "small", "start"),
+            text(160, 436, "So prompt and image are read once", "small", "start"), text(160, 452, "for both answers.", "small", "start"),
+            text(160, 474, "llama.py: branch_mask", "small", "start")]
+    # The trunk's end, and the two heads.
+    out += [box(342, 226, 96, 112, "LLaMA", "llama.py", FROZEN), wire("M438 282H526"), text(475, 242, "h", "name"),
+            text(475, 258, "at answer", "small"), text(475, 272, "tokens only", "small")]
+    out += [rectangle(512, 126, 348, 236, TRAINED, 0.05), text(846, 148, "head: policy", "name", "end", TRAINED),
+            rectangle(530, 166, 210, 178, TRAINED), text(635, 186, "post-interaction block", "name"),
+            text(635, 202, "post_decoder.py", "small"),
+            text(635, 232, "f = LayerNorm(align(F))", "mono"), text(635, 266, "a = h + Attention(LN1(h), f)", "mono"),
+            text(635, 300, "b = a + W2 SiLU(W1 LN2(a))", "mono"), text(635, 332, "starts as the identity: b = h", "small"),
+            wire("M740 282H764"), box(768, 252, 78, 60, "lm_head", "model.py", TRAINED)]
+    out += [rectangle(512, 384, 348, 92, FROZEN, 0.05, dashed=True), text(846, 406, "head: reference", "name", "end", FROZEN),
+            text(526, 428, "the head as it was before", "", "start"), text(526, 446, "the first step, a frozen copy:", "", "start"),
+            text(526, 464, "no second model, no second pass", "", "start"),
+            wire("M475 282V430H510"), box(768, 416, 78, 48, "copy", "objective.py", FROZEN)]
+    # Log-probabilities and the loss.
+    out += [wire("M846 282H884"), wire("M846 440H884"),
+            rectangle(888, 250, 94, 64, FROZEN, 0.05), text(935, 268, "log π", "name"), text(935, 287, "of chosen", "", colour=CHOSEN),
+            text(935, 305, "of rejected", "", colour=REJECTED),
+            rectangle(888, 408, 94, 64, FROZEN, 0.05), text(935, 426, "log π_ref", "name"), text(935, 445, "of chosen", "", colour=CHOSEN),
+            text(935, 463, "of rejected", "", colour=REJECTED)]
+    out += [wire("M935 472V496"), wire("M982 282H991V526H984"), rectangle(512, 500, 468, 52, CHOSEN, 0.1),
+            text(526, 520, "DPO", "name", "start"), text(966, 520, "dpo.py", "small", "end"),
+            text(526, 541, "loss = −log σ(β (log π/π_ref chosen − log π/π_ref rejected))", "mono", "start")]
+    # What the colours say.
+    out += [rectangle(24, 512, 14, 12, FROZEN, round=2), text(46, 523, "frozen: one pass for policy and reference", "", "start"),
+            rectangle(24, 534, 14, 12, TRAINED, round=2), text(46, 545, "trained: the block (stage 1), and lm_head (stage 2)", "", "start")]
+    paper = f'<style>{STYLE}{CLASSES}</style><defs>{TIP}</defs><rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>'
+    return svg(WIDTH, HEIGHT, "\n".join([paper, *out]), ' role="img" aria-label="the path of a preference pair to its loss"') + "\n"
+
+
+if __name__ == "__main__":
+    with open(os.path.join(FOLDER, "architecture.svg"), "w", encoding="utf-8") as file:
+        file.write(draw())
