@@ -40,7 +40,6 @@ WIDTH = 110
 SHADES = " ░▒▓█"
 TINY = "out/base"           # what is explained when nothing is named
 MOST = 11, 3                # first and last tokens of a long answer that are printed
-MOST_TENSORS = 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,12 +59,14 @@ def load(path):
                                                    torch.bfloat16 if on_gpu else torch.float32)
     *_, reference, head = [None, *heads.values()]
     world = os.path.join(os.path.dirname(path.rstrip("/")), "world")
-    paths = [run.get(name) or os.path.join(world, *beside) for name, beside in (
-        ("desc_data_path", ("hadpo", "desc_data.json")), ("pope_data_path", ("hadpo", "pope_data.json")), ("vg_path", ("VG",)))]
-    loss = {name: run[name] for name in ("beta", "sft_weight", "label_smoothing") if run.get(name) is not None}
-    loss["loss"] = run.get("loss") if run.get("loss") in ("ipo", "hinge") else "dpo"
+    paths = [run.get(name) or path for name, path in zip(("desc_data_path", "pope_data_path", "vg_path"), hadpo_paths(world))]
+    loss = {name: run[name] for name in ("loss", "beta", "sft_weight", "label_smoothing") if run.get(name) not in (None, "sft")}
     objective = objective_of(trunk, head, reference, run.get("tune", ("post_decoder",)), **loss)
     return objective, tokenizer, preprocess, read_hadpo(*paths)
+
+
+def hadpo_paths(world):
+    return [os.path.join(world, *parts) for parts in (("hadpo", "desc_data.json"), ("hadpo", "pope_data.json"), ("VG",))]
 
 
 def random_model(folder):
@@ -76,24 +77,22 @@ def random_model(folder):
         said |= {(image["image_id"], q["question"]): shapes.answer(q["word"], True) for q in image["questions"]}
         said[image["image_id"], image.get("describe")] = ""
     shapes.write_preferences(folder, said)
-    hadpo = os.path.join(folder, "hadpo")
     tokenizer, config = Tokenizer(os.path.join(folder, "tokenizer.model")), copy.deepcopy(TINY_LLAVA)
     config.text.vocab_size = len(tokenizer)
     torch.manual_seed(42)
     objective = objective_of(Trunk(config), Head(config), None, ("post_decoder",))
-    return objective, tokenizer, ImageProcessor(config.vision.image_size), read_hadpo(
-        f"{hadpo}/desc_data.json", f"{hadpo}/pope_data.json", os.path.join(folder, "VG"))
+    return objective, tokenizer, ImageProcessor(config.vision.image_size), read_hadpo(*hadpo_paths(folder))
 
 
-def objective_of(trunk, head, reference, tune, **loss):
+def objective_of(trunk, head, reference, tune, loss="dpo", **settings):
     """What train.py wraps for DeepSpeed. Without a reference, training begins here: a head without a block gets a fresh one."""
     head = copy.deepcopy(head)
-    if not head.block:
+    if reference is None and not head.block:
         torch.manual_seed(42)
         parameter = head.lm_head.weight
         head.post_interaction_block = PostInteractionBlock(trunk.config.block()).to(parameter.device, parameter.dtype)
     set_trained(trunk, head, tune)
-    objective = Objective(trunk, head, **{"loss": "dpo", **loss})
+    objective = Objective(trunk, head, loss, **settings)
     if reference is not None:
         objective.reference = reference
     return objective
@@ -106,7 +105,7 @@ def objective_of(trunk, head, reference, tune, **loss):
 def at(thing, text=None):
     """`file.py:line` of a function or class, or of the first line in it that holds `text`."""
     lines, first = inspect.getsourcelines(thing)
-    offset = next(n for n, line in enumerate(lines) if text in line) if text else 0
+    offset = next(n for n, code in enumerate(lines) if text in code) if text else 0
     return f"{os.path.basename(inspect.getsourcefile(thing))}:{first + offset}"
 
 
@@ -333,9 +332,9 @@ def gradients(p):
     norms = {name: float(x.grad.norm()) for name, x in p.objective.head.named_parameters() if x.grad is not None}
     moved = sorted((name for name in norms if norms[name]), key=norms.get, reverse=True)
     yield line("8  THE GRADIENT of this pair", f"{at(set_trained)} set_trained")
-    yield from (f"   {name:<60}{norms[name]:9.4f}" for name in moved[:MOST_TENSORS])
-    if len(moved) > MOST_TENSORS:
-        yield f"   {f'{len(moved) - MOST_TENSORS} others':<60}{'less':>9}"
+    yield from (f"   {name:<60}{norms[name]:9.4f}" for name in moved[:4])
+    if len(moved) > 4:
+        yield f"   {f'{len(moved) - 4} others':<60}{'less':>9}"
     if still := len(norms) - len(moved):
         yield f"   {f'{still} others':<60}{0:9.4f}   what multiplies them is still zero"
 

@@ -6,14 +6,15 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, largest_difference, preference_rows, shake, shell, succeeds
+from conftest import ROOT, largest_difference, preference_rows, shake, succeeds
 
 from checkpoint import fingerprint, load_base, save_trained
 from data import IMAGE_ID, Row
 from dpo import dpo_loss, sequence_logps
-from explain import answer_tokens, explain, load, objective_of, shaded, shown_tokens
+from explain import answer_tokens, explain, load, main, objective_of, shaded, shown_tokens
 from objective import Objective
 from post_decoder import VARIANTS, PostInteractionBlock
+from readers import InputError
 
 PLACE = re.compile(r"\b(\w+\.py):(\d+)\b")
 
@@ -156,10 +157,13 @@ def test_shades():
     assert shaded(torch.zeros(3, 3), 3) == [6 * " "] * 3
 
 
-def test_command_line(world, tmp_path):
-    """In an empty folder it makes what it needs and leaves nothing; where something is wrong, one line says it."""
+def test_command_line(world, tmp_path, monkeypatch):
+    """In an empty folder it makes what it needs and leaves nothing; what is wrong is said with its cure."""
     said = succeeds("python", os.path.join(ROOT, "model.py"), "--explain", cwd=tmp_path)
     assert "a random model" in said.splitlines()[0] and "= ln 2" in said and os.listdir(tmp_path) == []
-    for flags, message in ((["--explain", "nowhere"], "nowhere: no such folder"), (["--explain", world.base, "--pair", "99"], "--pair 99: the data hold")):
-        done = shell("python", os.path.join(ROOT, "model.py"), *flags, cwd=tmp_path)
-        assert done.returncode == 1 and message in done.stderr and done.stderr.startswith("error: "), done.stderr
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for flags, message in ((["nowhere"], "nowhere: no such folder"), ([world.base, "--pair", "99"], "--pair 99: the data hold .* pairs"),
+                           ([str(tmp_path)], "neither a base nor a checkpoint of train.py")):
+        monkeypatch.setattr("sys.argv", ["model.py", "--explain", *flags])
+        with pytest.raises(InputError, match=message):
+            main()
