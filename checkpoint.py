@@ -70,7 +70,8 @@ def fill(module):
             tensor = stored.read()
             tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
             if not all(x.isfinite() for x in tensor.aminmax()):     # 40 times as fast as tensor.isfinite().all()
-                raise InputError(f"{source}: {key} holds NaN or infinity; the file is damaged or its training diverged: take another")
+                raise InputError(f"{source}: {key} holds NaN or infinity; the file is damaged or its training diverged: take "
+                                 "another")
             owner, _, name = key.rpartition(".")
             setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
     return module
@@ -85,14 +86,22 @@ def fingerprint(trunk, head):
     for module in (trunk, head.lm_head, *([head.post_interaction_block] if head.block else [])):
         for key, parameter in sorted(module.state_dict(keep_vars=True).items()):
             at = torch.arange(64) * (parameter.numel() - 1) // 63              # whole numbers: fp32 cannot count past 2^24
-            sample = parameter.lies_in[0].numbers(at) if parameter.is_meta else parameter.detach().flatten()[at.to(parameter.device)]
-            sample = sample.to(torch.bfloat16).float()
-            digest.update(f"{key}{tuple(parameter.shape)}".encode() + sample.cpu().numpy().tobytes())
+            if parameter.is_meta:
+                sample = parameter.lies_in[0].numbers(at)
+            else:
+                sample = parameter.detach().flatten()[at.to(parameter.device)].cpu()
+            digest.update(f"{key}{tuple(parameter.shape)}".encode() + sample.to(torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bases
+
+
+def holds_model(path):
+    """Whether a folder is one of those that `kind` tells apart; also True where there is none, of which `kind` complains."""
+    names = ("config.json", "adapter_config.json", SEED_FILE)
+    return not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in names)
 
 
 def kind(path):

@@ -8,8 +8,8 @@ Of a row only the tokens that predict an answer token are kept (all of them when
 an image the features that the block reads. A folder belongs to one combination of base, data, preprocessing and kind of
 features, named by a hash of these and told in its `key.json`; files are memory-mapped, each process writes its own rows,
 and `done` is set for a row only behind its numbers, so that an interrupted pass goes on where it stopped. Where everything
-is kept already, neither the trunk's weights nor any image are read. (An image is known by its path: who puts another picture
-there removes the folder.)
+is kept already, neither the trunk's weights nor any image are read. Images are known by their paths: with other pictures
+under the same names the folder has to go.
 
 The pass comes before the first epoch and not within it: it goes through the rows sorted by length, with equal work for every
 process, serves all runs of a sweep, and costs 8 % more than that epoch would (7B, one H100: 0.020 s a pair, and 0.0016 s for a
@@ -34,8 +34,9 @@ from data import PADDING, Batch, batches_ahead, check_images, pad, spare_cores
 from model import take
 from readers import ConversationFile, InputError, image_paths, read_json
 
-KEY = {"base": "another base", "data": "other data", "rows": "rows of another prompt or length", "preprocess": "another preprocessing",
-       "features": "another kind of block", "whole_rows": "another kind of block", "dtype": "another dtype"}
+# What a folder depends on, and how we say that it is another.
+KEY = {"base": "another base", "data": "other data", "rows": "rows of another prompt or length", "dtype": "another dtype",
+       "preprocess": "another preprocessing", "features": "another kind of block", "whole_rows": "another kind of block"}
 FIELDS = ("position", "branch", "source", "target", "target_branch")      # of a Row; the first two per kept token
 
 
@@ -47,19 +48,20 @@ class KeptFeatures(torch.utils.data.Dataset):
         files = {"done": ((len(image_index),), torch.uint8), "hidden": ((int(rows["position"][1][-1]), hidden_size), dtype),
                  "features": ((num_images, *feature_shape), dtype)}
         paths = {name: os.path.join(folder, f"{name}.bin") for name in files}
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in files.items()}
         there = {name: os.path.getsize(path) if os.path.exists(path) else 0 for name, path in paths.items()}
+        sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in files.items()}
         for name, size in sizes.items():
             if there[name] != size and (there[name] or there["done"]):      # `done` is made last, when the others are whole
-                raise InputError(f"{paths[name]}: has {there[name]:,} bytes and should have {size:,}; it was cut or changed: remove "
-                                 f"{folder}")
+                raise InputError(f"{paths[name]}: has {there[name]:,} bytes and should have {size:,}; it was cut or changed: "
+                                 f"remove {folder}")
         needed, free = sum(sizes.values()) - sum(there.values()), shutil.disk_usage(folder).free
         if needed > free:
-            raise InputError(f"{folder}: needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left; name another folder "
-                             "with --cache_features")
+            raise InputError(f"{folder}: needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left; name another "
+                             "folder with --cache_features")
+
         def mapped(name):
-            shape, dtype = files[name]
-            return torch.from_file(paths[name], shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+            shape, kind = files[name]
+            return torch.from_file(paths[name], shared=True, size=math.prod(shape), dtype=kind).view(shape)
 
         self.hidden, self.features, self.done = mapped("hidden"), mapped("features"), mapped("done")
 
@@ -121,8 +123,8 @@ def pack_rows(path, dataset, whole, quiet):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise InputError(f"{path}: cannot be read ({e}); it was cut or changed: remove {os.path.dirname(path)}")
     if len(rows["image"][0]) != len(dataset):
-        raise InputError(f"{path}: tells of {len(rows['image'][0]):,} rows and the data have {len(dataset):,}; it was changed: remove "
-                         f"{os.path.dirname(path)}")
+        raise InputError(f"{path}: tells of {len(rows['image'][0]):,} rows and the data have {len(dataset):,}; it was changed: "
+                         f"remove {os.path.dirname(path)}")
     return rows
 
 
@@ -151,8 +153,7 @@ def folder_of(root, key, quiet):
         wrong = f"says that {folder} is for {listed(unlike[path])}" if path in keys else "is missing"
         raise InputError(f"{path}: {wrong}, so what lies there cannot be trusted: remove {folder}")
     if keys and path not in keys and not quiet:
-        print(f"{root}: what is kept there is for {listed(min(unlike.values(), key=len))}; one frozen pass keeps it for this one",
-              flush=True)
+        print(f"{root}: what is kept there is for {listed(min(unlike.values(), key=len))}; so one frozen pass comes first", flush=True)
     return folder
 
 
@@ -168,22 +169,21 @@ def keep_features(folder, dataset, trunk, block, base, batch_size, rank=0, world
     key, text, vision = key_of(dataset, trunk, block, base), trunk.config.text, trunk.config.vision
     folder = folder_of(folder, key, rank != 0)
     path = os.path.join(folder, "done.bin")
-    done = np.fromfile(path, bool) if os.path.isfile(path) else np.zeros(0, bool)
+    done = np.fromfile(path, bool)[:len(dataset)] if os.path.isfile(path) else np.zeros(0, bool)
     check_images(image_paths([dataset.examples[i] for i in np.flatnonzero(~done)] if done.any() else dataset.examples))
     os.makedirs(folder, exist_ok=True)
-    if rank == 0:
-        write_json(os.path.join(folder, "key.json.partial"), key)
-        os.replace(os.path.join(folder, "key.json.partial"), os.path.join(folder, "key.json"))
+    path = os.path.join(folder, "key.json")             # before all others, by whichever process is first
+    write_json(f"{path}.{os.getpid()}.partial", key)
+    os.replace(f"{path}.{os.getpid()}.partial", path)
     rows = pack_rows(os.path.join(folder, "rows.npz"), dataset, key["whole_rows"], rank != 0)
     image_index, (tokens, offsets), dtype = rows["image"][0], rows["token"], next(trunk.parameters()).dtype
     shape = (vision.num_patches, vision.hidden_size if key["features"] == "clip" else text.hidden_size)
     kept = KeptFeatures(folder, rows, image_index, int(image_index.max()) + 1, text.hidden_size, shape, dtype)
-    missing = (kept.done == 0).nonzero().flatten().tolist()
+    missing = sorted((kept.done == 0).nonzero().flatten().tolist(), key=dataset.lengths().__getitem__)
+    batches = [missing[start:start + batch_size] for start in range(rank * batch_size, len(missing), batch_size * world_size)]
     if world_size > 1:
         dist.barrier()              # all have seen what is missing; from here on it gets less
-    if missing:
-        missing.sort(key=dataset.lengths().__getitem__)
-        batches = [missing[start:start + batch_size] for start in range(rank * batch_size, len(missing), batch_size * world_size)]
+    if batches:
         run_trunk(kept, dataset, batches, fill(trunk), block, tokens, offsets, rank)
     if world_size > 1:
         dist.barrier()
