@@ -70,8 +70,7 @@ def fill(module):
             tensor = stored.read()
             tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
             if not all(x.isfinite() for x in tensor.aminmax()):     # 40 times as fast as tensor.isfinite().all()
-                raise InputError(f"{source}: {key} holds NaN or infinity; the file is damaged or its training diverged: take "
-                                 "another")
+                raise InputError(f"{source}: {key} holds NaN or infinity; it is damaged or its training diverged: take another")
             owner, _, name = key.rpartition(".")
             setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
     return module

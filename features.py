@@ -153,7 +153,8 @@ def folder_of(root, key, quiet):
         wrong = f"says that {folder} is for {listed(unlike[path])}" if path in keys else "is missing"
         raise InputError(f"{path}: {wrong}, so what lies there cannot be trusted: remove {folder}")
     if keys and path not in keys and not quiet:
-        print(f"{root}: what is kept there is for {listed(min(unlike.values(), key=len))}; so one frozen pass comes first", flush=True)
+        nearest = min(unlike.values(), key=len)
+        print(f"{root}: what is kept there is for {listed(nearest)}; so one frozen pass comes first", flush=True)
     return folder
 
 

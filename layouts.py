@@ -11,6 +11,7 @@ not build is refused by its name, because loading it as something else would onl
 """
 import ctypes
 import json
+import math
 import mmap
 import os
 import zipfile
@@ -298,7 +299,8 @@ def read_open_clip(name):
     tensors = {key.removeprefix("module."): stored for key, stored in read_file(weights).items()}
 
     def third(whole, n):
-        return Stored((whole.shape[0] // 3, *whole.shape[1:]), lambda: whole.read().chunk(3)[n])
+        shape = (whole.shape[0] // 3, *whole.shape[1:])
+        return Stored(shape, lambda: whole.read().chunk(3)[n], lambda at: whole.numbers(n * math.prod(shape) + at))
 
     return config, from_open_clip(tensors, third), {"image_mean": tag.get("mean"), "image_std": tag.get("std")}
 

@@ -60,7 +60,7 @@ REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
 
 @dataclass
 class Base:
-    """A base, everything frozen, and its fingerprint. The trunk stays in its files until `fill(base.trunk)`."""
+    """A base, everything frozen, and its fingerprint. The trunk is still in its files, where `fill` finds it."""
     trunk: Trunk
     head: Head
     tokenizer: Tokenizer
@@ -128,8 +128,7 @@ def train(args):
                 kept[kind] = keep_features(args.cache_features, dataset, base.trunk, block, base.fingerprint, 16, rank, world_size)
             rows |= {run.output_dir: kept[kind] for run in runs if run.block == variant}
         base.trunk.to("meta")       # if it was needed, its work is done and its memory is free
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     else:
         check_images(image_paths(examples))
     for n, run in enumerate(runs):
@@ -238,8 +237,7 @@ def parse(argv=None):
                        help="use also POPE rows that the base answered right")
     group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
     group.add_argument("--image_folder", default="", help="its images")
-    group.add_argument("--cache_features", help="folder in which a frozen trunk's outputs are kept once and found again: "
-                       "every later run reads neither its weights nor images; a sweep always keeps them")
+    group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs read neither weights nor images")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=float, nargs="+", help="several: a run each")
     group.add_argument("--num_train_epochs", type=float)
@@ -283,8 +281,7 @@ def parse(argv=None):
     sweep = len(args.block) * len(args.learning_rate) > 1
     if (tiny or sweep) and args.cache_features is None:
         args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
-    kept = args.cache_features and not TRUNK & set(args.tune)
-    args.default_batch, args.default_micro = 128, 128 if tiny else 16 if kept else 4
+    args.default_batch, args.default_micro = 128, 128 if tiny else 16 if args.cache_features and not TRUNK & set(args.tune) else 4
     needed = ("data_path",) if args.loss == "sft" else ("vg_path", "desc_data_path", "pope_data_path")
     for name in () if tiny else needed:
         if not getattr(args, name):
