@@ -14,7 +14,8 @@ adapters is another base; ours are in peft's layout too (`adapter_config.json`, 
 loads), beside `config.json` and what of the head was trained. Which of these a folder is follows from what it holds.
 
 Modules are made on the meta device and filled tensor by tensor, so that loading needs about one tensor of extra RAM. Names
-and shapes are compared before anything is read; what does not fit is listed.
+and shapes are compared before anything is read; what does not fit is listed. A trunk whose outputs are kept (features.py)
+stays in its files: `load_base(..., read_trunk=False)`, and `fill(trunk)` if it is needed after all.
 """
 import argparse
 import hashlib
@@ -43,8 +44,11 @@ OURS, TRAINED_FILE = "nanohadpo", "trained.safetensors"       # config.json's mo
 # Tensors
 
 
-def fit(module, tensors, source):
-    """InputError unless {key: Stored} are exactly the module's parameters. Nothing is read."""
+def fit(module, tensors, source, dtype=None, device="cpu"):
+    """Tell the parameters of `module` (on the meta device) where in files they lie: {key: Stored}. Nothing is read.
+
+    InputError unless these are exactly its parameters. `dtype` and `device` are those that `fill` will give it.
+    """
     own = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
@@ -54,35 +58,49 @@ def fit(module, tensors, source):
         if tensors[key].shape != shape:
             raise InputError(f"{source}: {key} has shape {tensors[key].shape} and config.json makes it {shape}; "
                              "its weights belong to another model")
+    for key, parameter in module.to(dtype=dtype).state_dict(keep_vars=True).items():
+        parameter.lies_in = tensors[key], source, dtype, device
 
 
-def fill(module, tensors, source, dtype=None, device="cpu"):
-    """Give `module` (on the meta device) its parameters from {key: Stored}, frozen. InputError says what does not fit."""
-    fit(module, tensors, source)
-    for key in module.state_dict():
-        tensor = tensors[key].read()
-        tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
-        if not all(x.isfinite() for x in tensor.aminmax()):         # 40 times as fast as tensor.isfinite().all()
-            raise InputError(f"{source}: {key} holds NaN or infinity; the file is damaged or its training diverged: take another")
-        owner, _, name = key.rpartition(".")
-        setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
+def fill(module):
+    """Read those parameters of `module` that are still in their files, frozen. InputError where one holds NaN."""
+    for key, parameter in module.state_dict(keep_vars=True).items():
+        if parameter.is_meta:
+            stored, source, dtype, device = parameter.lies_in
+            tensor = stored.read()
+            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+            if not all(x.isfinite() for x in tensor.aminmax()):     # 40 times as fast as tensor.isfinite().all()
+                raise InputError(f"{source}: {key} holds NaN or infinity; it is damaged or its training diverged: take another")
+            owner, _, name = key.rpartition(".")
+            setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
     return module
 
 
 def fingerprint(trunk, head):
-    """Sixteen hex digits of names, shapes and 64 sampled values of every tensor: which base this is, in any dtype ≥ bf16."""
+    """Sixteen hex digits of names, shapes and 64 sampled values of every tensor: which base this is, in any dtype ≥ bf16.
+
+    Of tensors that are still in their files only these values are read.
+    """
     digest = hashlib.sha256()
     for module in (trunk, head.lm_head, *([head.post_interaction_block] if head.block else [])):
-        for key, tensor in sorted(module.state_dict().items()):
-            flat = tensor.flatten()
-            at = torch.arange(64, device=flat.device) * (len(flat) - 1) // 63      # whole numbers: fp32 cannot count past 2^24
-            sample = flat[at].to(torch.bfloat16).float()
-            digest.update(f"{key}{tuple(tensor.shape)}".encode() + sample.cpu().numpy().tobytes())
+        for key, parameter in sorted(module.state_dict(keep_vars=True).items()):
+            at = torch.arange(64) * (parameter.numel() - 1) // 63              # whole numbers: fp32 cannot count past 2^24
+            if parameter.is_meta:
+                sample = parameter.lies_in[0].numbers(at)
+            else:
+                sample = parameter.detach().flatten()[at.to(parameter.device)].cpu()
+            digest.update(f"{key}{tuple(parameter.shape)}".encode() + sample.to(torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bases
+
+
+def holds_model(path):
+    """Whether a folder is one of those that `kind` tells apart; also True where there is none, of which `kind` complains."""
+    names = ("config.json", "adapter_config.json", SEED_FILE)
+    return not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in names)
 
 
 def kind(path):
@@ -122,10 +140,11 @@ def find_tower(folder, values, inside, vision_tower):
     return vision, inside or tensors, processor, folder if inside else found or name
 
 
-def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None):
+def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None, read_trunk=True):
     """A base, with a LoRA adapter if one is named → Trunk, Head, Tokenizer, ImageProcessor, everything frozen.
 
-    dtype None keeps that of the files. Raises InputError naming the file and the cure, most of them before weights are read.
+    dtype None keeps that of the files. A trunk that is not read is on the meta device, and can be `fill`ed later.
+    Raises InputError naming the file and the cure, most of them before weights are read.
     """
     values, tensors = read_config(folder), read_tensors(folder)
     projector = os.path.join(folder, "mm_projector.bin")
@@ -162,9 +181,9 @@ def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None)
         elif not trunk.vision_tower.unused_key(key):
             parts[1][1][key.removeprefix("vision_tower.")] = stored
     for part in parts:
-        fit(*part)
-    for part in parts:
-        fill(*part, dtype, device)
+        fit(*part, dtype, device)
+    for module in (head, trunk) if read_trunk else (head,):
+        fill(module)
     return trunk, head, tokenizer, preprocess
 
 
@@ -282,7 +301,8 @@ def load_trained(path, config, base_head, base_fingerprint, dtype=None, device="
     with torch.device("meta"):
         head = Head(config, block)
     weight = base_head.lm_head.weight
-    fill(head, {"lm_head.weight": Stored(tuple(weight.shape), lambda: weight)} | tensors, path, dtype, device)
+    fit(head, {"lm_head.weight": Stored(tuple(weight.shape), lambda: weight)} | tensors, path, dtype, device)
+    fill(head)
     if "lm_head.weight" not in tensors:
         head.lm_head = base_head.lm_head
     return head

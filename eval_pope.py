@@ -2,6 +2,7 @@
 
     python eval_pope.py out/stage2                                        # the tiny world beside the checkpoint
     python eval_pope.py out/stage1 out/stage2                             # several checkpoints of one base: one trunk pass
+    python eval_pope.py out/*/                                            # a sweep, and whatever lies beside it
     python eval_pope.py CKPT --coco_path COCO --pope_path POPE/output/coco [--set random] [--protocol llava]
     python eval_pope.py out/stage2 --report report.html                   # and a page to look at answers and attention (report.py)
     torchrun --nproc_per_node 2 eval_pope.py out/stage2                   # images split over processes, the same table
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import base_of, fingerprint, is_trained, kind, load_base, load_trained, tower_of, write_json
+from checkpoint import base_of, fingerprint, holds_model, is_trained, kind, load_base, load_trained, tower_of, write_json
 from data import SYSTEM, SYSTEM_HADPO_EVAL, PackedDataset, check_images
 from model import answer
 from readers import IMAGE, Example, InputError, field, read_pope, read_rows, run_program
@@ -190,6 +191,22 @@ def score_file(args):
 # Asking
 
 
+def checkpoints_among(paths):
+    """Those of the paths that are evaluated, in their order: what was trained, or a base where nothing else is named.
+
+    A base needs no naming, and a glob brings folders that are no model; they are left out, and that is said in one line.
+    """
+    paths = list(dict.fromkeys(path.rstrip("/") for path in paths))
+    kinds = {path: kind(path) if holds_model(path) else None for path in paths}
+    chosen = [path for path in paths if kinds[path] not in ("base", None)] or [path for path in paths if kinds[path]]
+    left_out = ", ".join(path for path in paths if path not in chosen)
+    if not chosen:
+        raise InputError(f"{left_out}: no checkpoint, no base (there is no config.json); name folders that train.py has written")
+    if left_out and int(os.environ.get("RANK", 0)) == 0:
+        print(f"left out, because nothing was trained there on top of a base: {left_out}", flush=True)
+    return chosen
+
+
 def load_all(args, device, dtype):
     """Base and checkpoints → trunk, {name: head}, tokenizer, preprocess. All checkpoints must belong to one base."""
     adapter = next((c for c in args.checkpoints if kind(c) == "adapter"), None)
@@ -241,7 +258,8 @@ def ask(trunk, heads, tokenizer, preprocess, questions, image_folder, protocol, 
 
 
 def evaluate(args):
-    world = os.path.join(os.path.dirname(args.checkpoints[0].rstrip("/")), "world")
+    args.checkpoints = checkpoints_among(args.checkpoints)
+    world = os.path.join(os.path.dirname(args.checkpoints[0]), "world")
     coco, pope = args.coco_path or os.path.join(world, "coco"), args.pope_path or os.path.join(world, "pope")
     questions = {SPLITS[s]: read_pope(pope, SPLITS[s]) for s in args.set}
     image_folder = os.path.join(coco, "val2014")
@@ -285,7 +303,8 @@ def evaluate(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="trained checkpoints of one base, or a base")
+    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="trained checkpoints of one base, or a base; other folders are "
+                        "left out")
     parser.add_argument("--score", metavar="ANSWERS", help="instead of asking: answers in our, HA-DPO's or LLaVA's form")
     parser.add_argument("--question_file", help="LLaVA's llava_pope_test.jsonl, for answers in LLaVA's form")
     parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the checkpoint names")

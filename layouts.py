@@ -11,6 +11,7 @@ not build is refused by its name, because loading it as something else would onl
 """
 import ctypes
 import json
+import math
 import mmap
 import os
 import zipfile
@@ -37,9 +38,14 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass
 class Stored:
-    """A tensor that still lies in its file: its shape, and the function that reads it."""
+    """A tensor that still lies in its file: its shape, the function that reads it, and one that reads a few numbers of it."""
     shape: tuple
     read: Callable
+    few: Callable = None
+
+    def numbers(self, at):
+        """The numbers at the indices `at` (n,) of the flattened tensor, of which no more is read where the file allows it."""
+        return self.few(at) if self.few else self.read().flatten()[at]
 
 
 def weight_files(folder):
@@ -92,7 +98,13 @@ def read_safetensors(path):
                 rest = rest[file.readinto(rest):]
         return tensor
 
-    return {key: Stored(shape, partial(read, key)) for key, shape in shapes.items()}
+    def few(key, at):
+        size, begin = dtypes[key].itemsize, 8 + length + header[key]["data_offsets"][0]
+        with open(path, "rb", buffering=0) as file:
+            found = b"".join(os.pread(file.fileno(), size, begin + size * i) for i in at.tolist())
+        return torch.frombuffer(bytearray(found), dtype=dtypes[key])
+
+    return {key: Stored(shape, partial(read, key), partial(few, key)) for key, shape in shapes.items()}
 
 
 def read_bin(path):
@@ -120,7 +132,10 @@ def read_bin(path):
             last[:] = [tensors[key]]
         return tensors[key].clone()
 
-    return {key: Stored(tuple(t.shape), partial(read, key)) for key, t in tensors.items()}
+    def few(key, at):
+        return tensors[key].flatten()[at]
+
+    return {key: Stored(tuple(t.shape), partial(read, key), partial(few, key)) for key, t in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +299,8 @@ def read_open_clip(name):
     tensors = {key.removeprefix("module."): stored for key, stored in read_file(weights).items()}
 
     def third(whole, n):
-        return Stored((whole.shape[0] // 3, *whole.shape[1:]), lambda: whole.read().chunk(3)[n])
+        shape = (whole.shape[0] // 3, *whole.shape[1:])
+        return Stored(shape, lambda: whole.read().chunk(3)[n], lambda at: whole.numbers(n * math.prod(shape) + at))
 
     return config, from_open_clip(tensors, third), {"image_mean": tag.get("mean"), "image_std": tag.get("std")}
 

@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall
 import torch
 import torch.distributed as dist
 
-from checkpoint import fingerprint, is_trained, load_base, load_trained, save_base, save_trained
+from checkpoint import fill, fingerprint, is_trained, load_base, load_trained, save_base, save_trained
 from data import ImageProcessor, PackedDataset, Tokenizer, check_images, spare_cores
 from features import keep_features
 from loop import cosine, deepspeed_config, reference_logps, run_steps, start_deepspeed
@@ -60,7 +60,7 @@ REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
 
 @dataclass
 class Base:
-    """A loaded base, everything frozen, and its fingerprint."""
+    """A base, everything frozen, and its fingerprint. The trunk is still in its files, where `fill` finds it."""
     trunk: Trunk
     head: Head
     tokenizer: Tokenizer
@@ -69,7 +69,7 @@ class Base:
 
 
 def load(args, dtype, device):
-    trunk, head, tokenizer, preprocess = load_base(args.model_name_or_path, args.vision_tower, dtype, device)
+    trunk, head, tokenizer, preprocess = load_base(args.model_name_or_path, args.vision_tower, dtype, device, read_trunk=False)
     return Base(trunk, head, tokenizer, preprocess, fingerprint(trunk, head))
 
 
@@ -84,8 +84,9 @@ def initial_head(args, base):
     if head.block:
         return head, "the base's own block", False
     if args.block != "head":
-        block = PostInteractionBlock(base.trunk.config.block(**VARIANTS[args.block]))
-        head.post_interaction_block = block.to(parameter.device, parameter.dtype)
+        with parameter.device:
+            block = PostInteractionBlock(base.trunk.config.block(**VARIANTS[args.block]))
+        head.post_interaction_block = block.to(parameter.dtype)
         return head, "an identity block", False
     return head, "the base", False
 
@@ -110,7 +111,6 @@ def train(args):
         examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path, args.keep_correct, args.seed)
     if not examples:
         raise InputError("the data hold no examples; with --keep_correct also rows that the base answered right are used")
-    check_images(image_paths(examples))
     runs = [run for run in combinations(args) if not (args.resume and is_finished(run))]
     if not runs:
         return
@@ -121,16 +121,20 @@ def train(args):
     rows = {run.output_dir: dataset for run in runs}
     if args.cache_features and not TRUNK & set(args.tune):
         kept = {}       # by what a block reads: its image source, and whether it attends to the row itself
-        for run in runs:
-            block = initial_head(run, base)[0].block
+        for variant, first in {run.block: run for run in runs}.items():
+            block = initial_head(first, base)[0].block
             kind = block and (block.image_source, block.attention == "self")
             if kind not in kept:
                 kept[kind] = keep_features(args.cache_features, dataset, base.trunk, block, base.fingerprint, 16, rank, world_size)
-            rows[run.output_dir] = kept[kind]
-        base.trunk.to("meta")       # its work is done, its memory is free
+            rows |= {run.output_dir: kept[kind] for run in runs if run.block == variant}
+        base.trunk.to("meta")       # if it was needed, its work is done and its memory is free
+        torch.cuda.empty_cache()
+    else:
+        check_images(image_paths(examples))
     for n, run in enumerate(runs):
-        if n and rows[run.output_dir] is dataset:
-            base = load(args, dtype, device)        # the run before has trained it
+        if rows[run.output_dir] is dataset:
+            base = load(args, dtype, device) if n else base         # the run before has trained it
+            fill(base.trunk)
         train_one(deepspeed, run, config, base, rows[run.output_dir], device, dtype)
 
 
@@ -233,12 +237,13 @@ def parse(argv=None):
                        help="use also POPE rows that the base answered right")
     group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
     group.add_argument("--image_folder", default="", help="its images")
-    group.add_argument("--cache_features", help="folder in which the frozen trunk's outputs are kept and found again")
+    group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs read neither weights nor images")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=float, nargs="+", help="several: a run each")
     group.add_argument("--num_train_epochs", type=float)
     group.add_argument("--max_steps", type=int, help="optimizer steps, instead of epochs")
-    group.add_argument("--per_device_train_batch_size", type=int)
+    group.add_argument("--per_device_train_batch_size", type=int, help="rows at once; default: what divides the global batch, at "
+                       "most 16 from kept features, 4 with the trunk (the tiny world: 128)")
     group.add_argument("--gradient_accumulation_steps", type=int, help="default: follows from the global batch")
     group.add_argument("--warmup_ratio", type=float)
     group.add_argument("--weight_decay", type=float, default=0.0)
@@ -271,12 +276,12 @@ def parse(argv=None):
             setattr(args, name, value)
     beside = os.path.join(os.path.dirname(args.output_dir), "stage1")
     args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else "identity")
-    args.default_batch, args.default_micro = 128, 128 if tiny else 4
     if args.keep_correct is None:
         args.keep_correct = tiny
     sweep = len(args.block) * len(args.learning_rate) > 1
     if (tiny or sweep) and args.cache_features is None:
         args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
+    args.default_batch, args.default_micro = 128, 128 if tiny else 16 if args.cache_features and not TRUNK & set(args.tune) else 4
     needed = ("data_path",) if args.loss == "sft" else ("vg_path", "desc_data_path", "pope_data_path")
     for name in () if tiny else needed:
         if not getattr(args, name):

@@ -28,12 +28,14 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(trained):
-    """The command of the last line that training printed, with stage 1 added; then on two processes. → what each printed"""
+    """What the last line of training proposes, but for everything in out/; then on two processes. → what each printed"""
     folder, (_, said) = trained
     last = [line for line in said.splitlines() if "eval_pope.py" in line][-1]
     program, script, *rest = shlex.split(last[last.index("python eval_pope.py"):])
     assert (program, script, rest) == ("python", "eval_pope.py", ["out/stage2"])
-    command = [EVAL, *rest, "out/stage1", "--max_new_tokens", 12]
+    beside = [path.removeprefix(f"{folder}/") for path in sorted(glob(f"{folder}/out/*/"))]      # what a shell makes of out/*/
+    assert {"out/base/", "out/features/", "out/stage1/", "out/stage2/", "out/world/"} < set(beside)
+    command = [EVAL, *beside, "--max_new_tokens", 12]
     return (succeeds("python", *command, "--output_dir", "one", cwd=folder),
             succeeds("torchrun", "--nproc_per_node", 2, *command, "--output_dir", "two", "--batch_size", 2, cwd=folder))
 
@@ -65,6 +67,15 @@ def test_several_processes_give_the_identical_table(trained, evaluated):
     for name in files:
         rows = [[json.loads(line) for line in open(folder / way / name)] for way in ("one", "two")]
         assert [(r["image"], r["question"], r["answer"]) for r in rows[0]] == [(r["image"], r["question"], r["answer"]) for r in rows[1]]
+
+
+def test_only_checkpoints_are_evaluated(trained, evaluated):
+    """Of out/*/ the two checkpoints, in that order behind their base; the others are named in one line."""
+    for said in evaluated:
+        left_out, = (line for line in said.splitlines() if line.startswith("left out"))
+        others = set(os.listdir(trained[0] / "out")) - {"stage1", "stage2"}
+        assert {os.path.basename(path) for path in left_out.partition(": ")[2].split(", ")} == others
+        assert re.findall(r"^\| (\w+) \|", said, re.MULTILINE) == 3 * ["model", "base", "stage1", "stage2"]
 
 
 def test_answers_score_as_the_table_says(trained, evaluated):
@@ -138,6 +149,7 @@ MISTAKES = {  # what: (program and the flags that differ from right ones; BAD/ i
     "auto": (train(deepspeed="BAD/auto.json"), "auto.json.*train_batch_size"),
     "batch does not come out": (train(deepspeed="BAD/odd.json", per_device_train_batch_size="4"), "global batch 7 ≠ 4 per device"),
     "no such checkpoint": (ask("nowhere/stage2"), "nowhere/stage2.*no such folder"),
+    "no checkpoint": (ask("BAD/VG"), "VG: no checkpoint, no base"),
     "no such questions": (ask(pope_path="nowhere/pope"), "nowhere/pope.*coco_pope_random.json"),
     "questions cut": (ask(pope_path="BAD/pope", set="random"), "pope/coco_pope_random.json.*JSON"),
     "no val2014": (ask(coco_path="nowhere/coco"), "nowhere/coco/val2014.*no such folder"),

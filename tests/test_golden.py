@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, largest_difference
 
-from checkpoint import fill, load_base, load_trained
+from checkpoint import fill, fit, load_base, load_trained
 from data import BOS, EOS, IMAGE, IMAGE_ID, SYSTEM_HADPO_EVAL, PackedDataset, collate, encode_conversation, pack
 from dpo import dpo_loss, sequence_logps, token_logps
 from layouts import read_seed_file
@@ -173,7 +173,8 @@ def test_variants(golden, llava, tmp_path):
         expected = llava[0].config.block(**VARIANTS[OUR_NAME.get(name, name)], outer_residual=True, zero_init=False)
         with torch.device("meta"):
             block = PostInteractionBlock(config)
-        fill(block, {key.removeprefix("post_interaction_block."): stored for key, stored in tensors.items()}, path)
+        fit(block, {key.removeprefix("post_interaction_block."): stored for key, stored in tensors.items()}, path)
+        fill(block)
         position = torch.arange(h.shape[1]).expand(len(h), -1)
         mask = branch_mask(position, 0 * position, position, 0 * position)
         out = block(h, *((h, mask) if config.attention == "self" else (F,)))

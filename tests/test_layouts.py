@@ -306,6 +306,8 @@ def test_open_clip_file_as_the_tower(llava, tmp_path, monkeypatch, suffix):
     save_file(theirs, path) if suffix == "safetensors" else torch.save({"epoch": 3, "state_dict": {"module." + k: t for k, t in theirs.items()}}, path)
     trunk, *_ = agrees("open_clip file", expected, outside, f"open_clip:ViT-L-14-336/{path}")
     assert trunk.config.vision.hidden_act == "quick_gelu"
+    named = str(outside), f"open_clip:ViT-L-14-336/{path}"
+    assert fingerprint(*load_base(*named, read_trunk=False)[:2]) == fingerprint(*load_base(*named)[:2])
     for wrong in ("open_clip:ViT-X/openai", "open_clip:ViT-L-14-336/nowhere.pt"):
         with pytest.raises(InputError, match=re.escape(wrong)):
             load_base(str(outside), wrong)

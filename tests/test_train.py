@@ -3,9 +3,14 @@
 The first half takes the pieces of train.py one by one; the second half starts real runs on the session's tiny world.
 """
 import csv
+import gc
 import json
 import math
+import multiprocessing
 import os
+import shutil
+import signal
+import weakref
 from glob import glob
 from types import SimpleNamespace
 
@@ -14,8 +19,9 @@ import pytest
 import torch
 from conftest import ROOT, dpo_flags, largest_difference, load_json, preference_rows, run_many, run_train, shake, succeeds
 
+import features
 import train
-from checkpoint import fingerprint, load_base, load_trained, read_file
+from checkpoint import fill, fingerprint, load_base, load_trained, read_file
 from data import ImageProcessor, PackedDataset, ResumableSampler
 from features import keep_features
 from loop import cosine, deepspeed_config
@@ -142,26 +148,27 @@ def test_kept_features_give_the_same_losses(world, tmp_path, variant):
     assert largest_difference(f"metrics with block {variant}", *results) < 1e-4
 
 
-def test_interrupted_pass_goes_on(world, tmp_path, monkeypatch):
-    """Killed after three batches, the next run does the rest, and a third run does nothing."""
+def test_a_killed_pass_goes_on(world, tmp_path, monkeypatch):
+    """After kill -9 in its fourth batch, the next run does the rest, and a third run does nothing."""
     trunk, head = base_and_head(world)
     dataset, forward, passes = preference_rows(world, trunk), trunk.forward, []
+    keep = lambda: keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
 
     def counted(batch, cache=None):
         if len(passes) == limit:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGKILL)
         passes.append(len(batch.input_ids))
         return forward(batch, cache)
 
     monkeypatch.setattr(trunk, "forward", counted)
-    limit = 3
-    with pytest.raises(KeyboardInterrupt):
-        keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
+    limit, child = 3, multiprocessing.get_context("fork").Process(target=keep)
+    child.start(), child.join()
+    assert child.exitcode == -signal.SIGKILL
     limit = None
-    kept = keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
-    assert passes[:3] == [16] * 3 and sum(passes) == len(dataset)                # no row twice
-    keep_features(str(tmp_path), dataset, trunk, head.block, "base", batch_size=16)
-    assert sum(passes) == len(dataset) and len(os.listdir(tmp_path)) == 1
+    kept = keep()
+    assert sum(passes) == len(dataset) - 3 * 16                                  # no row twice
+    keep()
+    assert sum(passes) == len(dataset) - 3 * 16 and len(os.listdir(tmp_path)) == 1
 
     whole = keep_features(str(tmp_path / "whole"), dataset, trunk, head.block, "base", batch_size=16)
     for name in ("hidden", "features"):
@@ -179,6 +186,134 @@ def test_kept_features_belong_to_base_data_and_preprocessing(world, tmp_path):
     dataset.preprocess = ImageProcessor(24, pad=False)
     keep()
     assert len(os.listdir(tmp_path)) == 5
+
+
+def test_why_features_are_made_anew(world, tmp_path, capsys):
+    """One line says what is different, and nothing is said where nothing is."""
+    trunk, head = base_and_head(world)
+    dataset = preference_rows(world, trunk)
+    dataset.examples = dataset.examples[:8]
+
+    def keep(base="base", block=head.block):
+        keep_features(str(tmp_path), dataset, trunk, block, base, 16)
+        return capsys.readouterr().out
+
+    assert keep() == keep() == ""
+    assert "another base;" in keep("another") and keep("another") == ""
+    assert "another kind of block;" in keep(block=base_and_head(world, "self_attn")[1].block)
+    dataset.preprocess = ImageProcessor(24, pad=False)
+    assert "another preprocessing;" in keep()
+    dataset.examples, dataset.max_length = dataset.examples[:7], dataset.max_length - 1
+    assert f"{tmp_path}: what is kept there is for other data and rows of another prompt or length;" in keep()
+
+
+DAMAGED = {  # file: how it is changed
+    "hidden.bin": lambda path: os.truncate(path, os.path.getsize(path) // 2), "features.bin": os.remove,
+    "done.bin": lambda path: os.truncate(path, 9), "rows.npz": lambda path: os.truncate(path, os.path.getsize(path) - 40),
+    "key.json": os.remove}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "another's key.json", "another's rows.npz"])
+def test_damaged_features_are_refused_by_name(world, tmp_path, name):
+    trunk, head = base_and_head(world)
+    dataset = preference_rows(world, trunk)
+    every = dataset.examples
+    for count in (7, 8):
+        dataset.examples = every[:count]
+        keep_features(str(tmp_path / str(count)), dataset, trunk, head.block, "base", 16)
+    folder, = (str(path) for path in (tmp_path / "8").iterdir())
+    if name in DAMAGED:
+        DAMAGED[name](f"{folder}/{name}")
+    else:
+        name = name.removeprefix("another's ")
+        shutil.copy(*glob(f"{tmp_path}/7/*/{name}"), f"{folder}/{name}")
+    with pytest.raises(InputError) as error:
+        keep_features(str(tmp_path / "8"), dataset, trunk, head.block, "base", 16)
+    print(error.value)
+    assert f"{folder}/{name}" in str(error.value) and f"remove {folder}" in str(error.value)
+
+
+def test_a_disk_that_is_too_small(world, tmp_path, monkeypatch):
+    """For all files together, though each alone would fit."""
+    trunk, head = base_and_head(world)
+    dataset = preference_rows(world, trunk)
+    hidden = sum(len(np.unique(dataset.row(i).source)) for i in range(len(dataset))) * trunk.config.text.hidden_size * 4
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: SimpleNamespace(free=hidden))
+    with pytest.raises(InputError, match="--cache_features"):
+        keep_features(str(tmp_path), dataset, trunk, head.block, "base", 16)
+    assert not glob(f"{tmp_path}/*/*.bin")
+
+
+def test_a_process_that_starts_late_has_its_share(world, tmp_path, monkeypatch):
+    """Process 0 works while process 1 waits at the first barrier: together they keep every row, and none twice."""
+    trunk, head = base_and_head(world)
+    dataset, forward, rows, waiting = preference_rows(world, trunk), trunk.forward, [], []
+    keep = lambda rank: keep_features(str(tmp_path), dataset, trunk, head.block, "base", 16, rank, 2)
+    monkeypatch.setattr(trunk, "forward", lambda batch: rows.append(len(batch.input_ids)) or forward(batch))
+    monkeypatch.setattr(features.dist, "barrier", lambda: waiting.append(1) or len(waiting) == 1 and keep(0))
+    assert keep(1).done.all() and sum(rows) == len(dataset)
+
+
+@pytest.mark.parametrize("layout", ("safetensors", "bin"))
+def test_fingerprint_of_a_trunk_in_its_files(world, tmp_path, layout):
+    """The same as of the one in memory, in any dtype, though no tensor of it is read; filled, it is that trunk."""
+    folder = str(tmp_path / "base")
+    shutil.copytree(world.base, folder)
+    if layout == "bin":
+        tensors = {key: stored.read() for key, stored in read_file(f"{folder}/model.safetensors").items()}
+        torch.save(tensors, f"{folder}/pytorch_model.bin")
+        os.remove(f"{folder}/model.safetensors")
+    for dtype in (None, torch.bfloat16):
+        loaded, (trunk, head, *_) = load_base(folder, dtype=dtype), load_base(folder, dtype=dtype, read_trunk=False)
+        read = {name: p.lies_in[0].read for name, p in trunk.named_parameters()}
+        for p in trunk.parameters():
+            p.lies_in[0].read = lambda: pytest.fail("a tensor was read")
+        assert fingerprint(trunk, head) == fingerprint(*loaded[:2]) == fingerprint(*load_base(world.base)[:2])
+        for name, p in trunk.named_parameters():
+            p.lies_in[0].read = read[name]
+        assert all(torch.equal(t, fill(trunk).state_dict()[name]) for name, t in loaded[0].state_dict().items())
+        assert not any(p.is_meta or p.requires_grad for p in trunk.parameters())
+
+
+def test_what_is_kept_is_all_that_is_needed(world, tmp_path, monkeypatch, in_this_process):
+    """Two kinds of features. Once they are kept the trunk is let go; a second run, without images, reads nothing of it and ends
+    with the very same weights. So do two processes under ZeRO-3, but for rounding."""
+    shutil.copytree(world.vg, tmp_path / "VG")
+    flags = ["--stage", 2, "--init", "identity", "--max_steps", 3, "--learning_rate", 1e-2, "--keep_correct",
+             "--per_device_train_batch_size", 8, "--block", "full,self_attn", "--cache_features", tmp_path / "features",
+             *dpo_flags(world), "--vg_path", tmp_path / "VG"]
+    keep, train_one, filled, lying = train.keep_features, train.train_one, [], []
+
+    def watched(folder, dataset, trunk, *rest):
+        kept = keep(folder, dataset, trunk, *rest)
+        filled.extend(weakref.ref(p) for p in trunk.parameters() if not p.is_meta)
+        return kept
+
+    def started(deepspeed, run, config, base, *rest):
+        gc.collect()
+        lying.append(all(p.is_meta for p in base.trunk.parameters()) and not any(ref() is not None for ref in filled))
+        train_one(deepspeed, run, config, base, *rest)
+
+    monkeypatch.setattr(train, "keep_features", watched)
+    monkeypatch.setattr(train, "train_one", started)
+    run_train(*flags, "--output_dir", tmp_path / "first", "--gradient_accumulation_steps", 2)
+    assert filled and lying == [True, True]
+    for folder in ("VG_100K", "VG_100K_2"):
+        shutil.rmtree(tmp_path / "VG" / folder, ignore_errors=True)
+    monkeypatch.setattr(features, "fill", lambda trunk: pytest.fail("the trunk was read"))
+    run_train(*flags, "--output_dir", tmp_path / "again", "--gradient_accumulation_steps", 2)
+    assert lying == 4 * [True]
+    config = tmp_path / "zero3.json"
+    config.write_text(json.dumps({"train_batch_size": 16, "zero_optimization": {"stage": 3}}))
+    run_many(2, tmp_path, [*flags, "--output_dir", tmp_path / "two", "--deepspeed", config])
+    for variant in ("full", "self_attn"):
+        first, again = (open(f"{tmp_path}/{name}-{variant}/trained.safetensors", "rb").read() for name in ("first", "again"))
+        assert first == again
+        losses = [[row["loss"] for row in logged(tmp_path, f"{name}-{variant}")] for name in ("first", "two")]
+        assert largest_difference("losses", *losses) < 1e-4 and len(set(losses[0])) == 3
+    with pytest.raises(InputError, match="24 images are missing"):               # other data: these would have to be read
+        run_train(*flags[:-4], "--vg_path", tmp_path / "VG", "--pope_data_path", world.pairs, "--no-keep_correct",
+                  "--output_dir", tmp_path / "other")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,6 +393,13 @@ def test_micro_batch_follows_from_the_number_of_processes(tmp_path):
                                                     ({"train_batch_size": 12}, None, 2, 6),
                                                     ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, None, 1, 3)):
         assert configured(tmp_path, content, None, accumulation, processes)["train_micro_batch_size_per_gpu"] == micro
+
+
+def test_micro_batch_is_larger_from_kept_features(world, tmp_path):
+    for flags, micro in (([], 4), (["--cache_features", "f"], 16), (["--learning_rate", "1e-6", "5e-7"], 16),
+                         (["--cache_features", "f", "--lora_r", "8"], 4)):
+        args = train.parse([*dpo_flags(world), *flags])
+        assert deepspeed_config(args, 2, False)["train_micro_batch_size_per_gpu"] == micro
 
 
 def test_offload_only_when_asked_for(tmp_path):
