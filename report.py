@@ -28,11 +28,11 @@ from html import escape
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from eval_pope import COLUMNS, labels_yes, open_prompts, says_yes
 from model import answer_states
 from plots import LEANS, STYLE, Line, panel
+from readers import progress
 
 MOST, LIMIT = 600, 9_000_000        # questions and bytes of the gallery
 THUMBNAIL = 224                     # pixels a side at most
@@ -159,8 +159,8 @@ def answer_bars(metrics, yes_ratios):
         for name, row in models.items():
             total = sum(row[part] for part in parts)
             bar = "".join(f'<i class="{part}" style="width:{100 * row[part] / total:.3f}%" title="{said}: {row[part]:,}">'
-                          f"{row[part] if row[part] > 0.06 * total else ''}</i>" for part, said in parts.items())
-            words = ", ".join(f"{said} {row[part]}" for part, said in parts.items())
+                          f"<span>{row[part]:,}</span></i>" for part, said in parts.items())
+            words = ", ".join(f"{said} {row[part]:,}" for part, said in parts.items())
             rows.append(f'<span>{escape(name)}</span><div class="bar" role="img" aria-label="{escape(name)}: {words}">{bar}'
                         f'<b style="left:{yes_ratios[split]:.3f}%"></b></div><span>{row["yes_ratio"]:.1f} % yes</span>')
         blocks.append(f'<h3>{escape(split)}</h3><div class="bars">{"".join(rows)}</div>')
@@ -264,7 +264,7 @@ def choose(records, see, map_bytes):
 def look(trunk, heads, dataset):
     """Where each head's block looks when the answer begins → per head [(branches, attention heads, patches) of each row]."""
     parameter, maps = next(trunk.parameters()), [[] for _ in heads]
-    for start in tqdm(range(0, len(dataset) if heads else 0, ROWS), "attention", unit="batch", leave=False, disable=not heads):
+    for start in progress(range(0, len(dataset) if heads else 0, ROWS), "attention", unit="batch"):
         batch = dataset[range(start, min(start + ROWS, len(dataset)))].to(parameter.device, parameter.dtype)
         hidden, features = trunk(batch)
         for found, head in zip(maps, heads):

@@ -406,14 +406,21 @@ def test_keyboard(browser):
     assert pressed() == ["4"]
     detail.find_elements("css selector", ".heads button")[-1].click()            # the other block's last head
     assert pressed() == ["4"] and "after, head 4 of 4" in detail.find_element("css selector", ".note").text
+    last = browser.execute_script("return found.length - 1")
+    press(browser, Keys.ARROW_LEFT)                                              # before the first comes the last, far down the page
     press(browser, Keys.ESCAPE)
     until(lambda: not detail.is_displayed())
+    until(lambda: active() == last)
 
 
 def test_narrow_and_dark(browser):
     phone = {"width": 340, "height": 700, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 340
+    numbers = browser.execute_script("""return [...document.querySelectorAll(".bar i")].map(bar => {
+        const text = bar.firstElementChild.getBoundingClientRect().width;
+        return [text > 0, text <= bar.getBoundingClientRect().width]})""")
+    assert all(whole for _, whole in numbers) and {True, False} == {seen for seen, _ in numbers}      # none is cut, and some are left out
     columns = "return getComputedStyle(document.getElementById('cards')).gridTemplateColumns.split(' ').length"
     assert browser.execute_script(columns) == 1
     colours = []
