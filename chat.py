@@ -6,7 +6,7 @@
     python model.py CKPT --model_name_or_path llava-v1.5-7b --temperature 0.2 --top_p 0.9
 
 With `--prompt` only the answer goes to stdout. In a chat `/image PATH` begins anew with another picture, `/reset` with the
-same one, and Ctrl-C stops an answer and not the program. CKPT is what eval_pope.py takes; without an image it is a
+same one, and Ctrl-C stops an answer and not the program (with `--compare` the other answer follows). CKPT is what eval_pope.py takes; without an image it is a
 conversation in text. How tokens are chosen: sampling.py. Follows `llava.serve.cli` of haotian-liu/LLaVA (one image at the
 head of the conversation, template `v1`). Deliberately different: greedy unless a temperature is named.
 """
@@ -64,14 +64,25 @@ class Chat:
         self.image = image
 
     def ask(self, question, names):
-        """Print every head's answer, behind its name if `names`."""
+        """Print every head's answer, behind its name if `names`. Ctrl-C stops one, and the next head's follows.
+
+        A head that was stopped before it said anything was not asked (sampling.py). Then no head was, for what they say
+        later is to be compared.
+        """
+        lengths = {name: len(conversation.ids) for name, conversation in self.conversations.items()}
         for conversation in self.conversations.values():
             conversation.turn(question)                         # what does not fit is said before a name is
         for name, conversation in self.conversations.items():
-            print(f"{name}:" if names else "", end=" " if names else "", flush=True)
-            for text in tails(conversation.answer(question, self.sampling, self.generator), self.tokenizer.decode):
-                print(text, end="", flush=True)
-            print(" […]" if names and conversation.ids[-1] != EOS else "", flush=True)       # cut by --max_new_tokens
+            print(f"{name}: " if names else "", end="", flush=True)
+            try:
+                for text in tails(conversation.answer(question, self.sampling, self.generator), self.tokenizer.decode):
+                    print(text, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            print(" […]" if names and conversation.ids[-1:] != [EOS] else "", flush=True)       # it was stopped or cut
+        if any(len(conversation.ids) == lengths[name] for name, conversation in self.conversations.items()):
+            for name, conversation in self.conversations.items():
+                conversation.forget(lengths[name])
 
     def obey(self, line):
         """A line that begins with a slash, /exit aside."""
@@ -129,23 +140,22 @@ def main():
         parser.error("--prompt is empty")
     if args.image:
         check_images([args.image])
-    if args.prompt and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head -c 9` ends us as it ends any tool
+    if args.prompt:                                             # Ctrl-C and `| head -c 9` end us as they end any tool
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu if args.bf16 is None else args.bf16
-    try:
-        print(f"loading {args.checkpoints[0]}", file=sys.stderr)
-        trunk, heads, tokenizer, preprocess = load_all(args, torch.device("cuda" if on_gpu else "cpu"),
-                                                       torch.bfloat16 if bf16 else torch.float32)
-        if args.compare and len(heads) < 2:
-            raise InputError(f"{args.checkpoints[0]}: is a base itself, so --compare has nothing to set it against; leave it out")
-        last = list(heads)[-1]
-        heads = heads if args.compare else {last: heads[last]}
-        chat = Chat(trunk, heads, tokenizer, preprocess, sampling, args.seed)
-        chat.begin(args.image)
-        if args.prompt:
-            chat.ask(args.prompt, names=args.compare)
-        else:
-            chat.loop()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    print(f"loading {args.checkpoints[0]}", file=sys.stderr)
+    trunk, heads, tokenizer, preprocess = load_all(args, torch.device("cuda" if on_gpu else "cpu"),
+                                                   torch.bfloat16 if bf16 else torch.float32)
+    if args.compare and len(heads) < 2:
+        raise InputError(f"{args.checkpoints[0]}: is a base itself, so --compare has nothing to set it against; leave it out")
+    last = list(heads)[-1]
+    heads = heads if args.compare else {last: heads[last]}
+    chat = Chat(trunk, heads, tokenizer, preprocess, sampling, args.seed)
+    chat.begin(args.image)
+    if args.prompt:
+        chat.ask(args.prompt, names=args.compare)
+    else:
+        chat.loop()

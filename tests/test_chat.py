@@ -1,4 +1,6 @@
 """chat.py: what appears on the screen and on stdout, letter by letter, and what Ctrl-C and mistakes leave behind."""
+import copy
+import itertools
 import os
 import pty
 import select
@@ -7,11 +9,12 @@ import sys
 
 import pytest
 import sentencepiece
+import torch
 from conftest import ROOT, shell, succeeds
 
-from chat import Chat, tails
+from chat import Chat, main, tails
 from checkpoint import fingerprint, load_base, save_trained
-from data import EOS, Tokenizer
+from data import EOS, IMAGE_ID, Tokenizer
 from sampling import Conversation, Sampling
 
 QUESTION = "Is there a dog in the image?"
@@ -54,8 +57,8 @@ def answers(base, image, questions, **options):
     return [tokenizer.decode(list(conversation.answer(question, Sampling(**options)))) for question in questions]
 
 
-def play(base, image, lines, monkeypatch, capsys, **options):
-    """Type lines into a chat (a callable is called when it is its turn) → Chat, what was printed."""
+def play(base, image, lines, monkeypatch, capsys, others={}, **options):
+    """Type lines into a chat (a callable is called when it is its turn) → Chat, what was printed. `others`: more heads."""
     trunk, head, tokenizer, preprocess = base
     script = iter(lines)
 
@@ -66,15 +69,15 @@ def play(base, image, lines, monkeypatch, capsys, **options):
         return line() if callable(line) else line
 
     monkeypatch.setattr("builtins.input", typed)
-    chat = Chat(trunk, {"base": head}, tokenizer, preprocess, Sampling(**options))
+    chat = Chat(trunk, {"base": head} | others, tokenizer, preprocess, Sampling(**options))
     chat.begin(image)
     chat.loop()
     return chat, capsys.readouterr().out
 
 
-def answered(said):
-    """The answers among what a chat printed."""
-    return [line.removeprefix("base: ").removesuffix(" […]") for line in said.splitlines() if line.startswith("base: ")]
+def answered(said, name="base"):
+    """A head's answers among what a chat printed."""
+    return [line.removeprefix(f"{name}: ").removesuffix(" […]") for line in said.splitlines() if line.startswith(f"{name}: ")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,17 +131,16 @@ def test_a_bad_picture_changes_nothing(lively, images, tmp_path, monkeypatch, ca
     assert spoken[1] != answers(lively, images[0], ["Why?"], max_new_tokens=12)[0]          # it knows what was said before
 
 
+def press_ctrl_c(trunk, forward):
+    """Ctrl-C in the middle of the model's so-many-th forward. Returns the hook, to be removed."""
+    forwards = itertools.count(1)
+    return trunk.model.layers[0].register_forward_hook(
+        lambda *_: signal.raise_signal(signal.SIGINT) if next(forwards) == forward else None)
+
+
 def test_ctrl_c(base, images, monkeypatch, capsys):
     """At the prompt: a new prompt. In an answer: the answer ends, what it said is kept, and the next question is answered."""
-    trunk, calls = base[0], 0
-
-    def press(*_):
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            signal.raise_signal(signal.SIGINT)
-
-    hook = trunk.model.layers[0].register_forward_hook(press)
+    hook = press_ctrl_c(base[0], 4)
     lines = [lambda: signal.raise_signal(signal.SIGINT), QUESTION, "Why?"]
     chat, said = play(base, images[0], lines, monkeypatch, capsys, max_new_tokens=9)
     hook.remove()
@@ -146,7 +148,24 @@ def test_ctrl_c(base, images, monkeypatch, capsys):
     first, second = answered(said)
     cut = conversation.ids.index(EOS)
     assert first == tokenizer.decode(conversation.ids[cut - 3:cut])              # three of nine tokens
-    assert second == tokenizer.decode(conversation.ids[-9:]) and calls > 9
+    assert second == tokenizer.decode(conversation.ids[-9:]) and said.count("[…]") == 2
+
+
+@pytest.mark.parametrize("forward", (1, 4))
+def test_ctrl_c_beside_another(lively, images, monkeypatch, capsys, forward):
+    """It stops the base's answer, and the other's follows. Both remember the same: before the first word, that nothing was asked."""
+    trunk, head, tokenizer, preprocess = lively
+    other = copy.deepcopy(head)
+    other.lm_head.weight.data = head.lm_head.weight.roll(1, 0)
+    hook = press_ctrl_c(trunk, forward)
+    chat, said = play(lively, images[0], [QUESTION, "Why?"], monkeypatch, capsys, {"other": other}, max_new_tokens=9)
+    hook.remove()
+    remembered = [QUESTION, "Why?"] if forward == 4 else ["Why?"]
+    whole, later = (answers((trunk, other, tokenizer, preprocess), images[0], questions, max_new_tokens=9)
+                    for questions in ([QUESTION], remembered))
+    assert answered(said, "other") == whole + later[-1:]
+    asked = tokenizer.decode([i for i in chat.conversations["base"].ids if i != IMAGE_ID]).count("USER:")
+    assert asked == len(remembered) and bool(answered(said)[0]) == (forward == 4)
 
 
 def test_text_only_and_drawing(base, monkeypatch, capsys):
@@ -175,6 +194,23 @@ def test_prompt_prints_the_answer_only(base, images, checkpoint):
     assert first.removesuffix(" […]") == f"base: {by_base}" and second.startswith("other: ")
     alone = succeeds("python", program, checkpoint, *options, cwd="/")
     assert f"other: {alone}" == second.removesuffix(" […]") + "\n" and alone != by_base + "\n"
+
+
+@pytest.mark.parametrize("flags", (
+    {"temperature": 1.5, "top_p": 0.9, "top_k": 7, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "max_new_tokens": 11},
+    {"num_beams": 3, "no_repeat_ngram_size": 2, "max_new_tokens": 6}), ids=("drawing", "beams"))
+def test_flags_arrive(world, base, images, monkeypatch, capsys, flags):
+    """What is typed is what samples; nothing else is on stdout."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)                        # the rest of the suite wants its Ctrl-C
+    typed = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["model.py", world.base, "--image", images[0], "--prompt", QUESTION, "--seed", "3", *typed])
+    main()
+    trunk, head, tokenizer, preprocess = base
+    conversation = Conversation(trunk, head, tokenizer, preprocess, images[0])
+    greedy = Conversation(trunk, head, tokenizer, preprocess, images[0]).answer(QUESTION, Sampling(max_new_tokens=11))
+    said = list(conversation.answer(QUESTION, Sampling(**flags), torch.Generator().manual_seed(3)))
+    assert capsys.readouterr().out == tokenizer.decode(said) + "\n"
+    assert 1 < len(said) <= flags["max_new_tokens"] and said != list(greedy)[:len(said)]
 
 
 MISTAKES = {
