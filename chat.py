@@ -6,9 +6,10 @@
     python model.py CKPT --model_name_or_path llava-v1.5-7b --temperature 0.2 --top_p 0.9
 
 With `--prompt` only the answer goes to stdout. In a chat `/image PATH` begins anew with another picture, `/reset` with the
-same one, and Ctrl-C stops an answer and not the program (with `--compare` the other answer follows). CKPT is what eval_pope.py takes; without an image it is a
-conversation in text. How tokens are chosen: sampling.py. Follows `llava.serve.cli` of haotian-liu/LLaVA (one image at the
-head of the conversation, template `v1`). Deliberately different: greedy unless a temperature is named.
+same one, and Ctrl-C stops an answer and not the program (with `--compare` the other answer follows). CKPT is what
+eval_pope.py takes; without an image it is a conversation in text. How tokens are chosen: sampling.py. Follows
+`llava.serve.cli` of haotian-liu/LLaVA (one image at the head of the conversation, template `v1`). Deliberately different:
+greedy unless a temperature is named.
 """
 import argparse
 import os

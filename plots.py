@@ -60,6 +60,7 @@ class Line:
     radius: list = None         # of a dot at each point; None: no dots
     ringed: list = None         # whether a point has a ring
     joined: bool = True         # whether the points are joined
+    shift: float = 0            # pixels to the right, so that lines with the same x do not hide each other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ def panel(title, lines, x_label="", y_label="", x_range=None, y_range=None, log_
         out.append(f'<path class="guide" d="M{LEFT} {HEIGHT - BOTTOM}L{WIDTH - RIGHT} {TOP}"/>')
     for line in lines:
         colour, points = f"var(--c{line.colour})", [n for n in range(len(line.x)) if drawable(line.x[n], line.y[n])]
+        out.append(f'<g transform="translate({line.shift:g})">')
         if line.band:
             edge = [n for n in points if drawable(line.x[n], line.band[0][n], line.band[1][n])]
             around = [(line.x[n], line.band[0][n]) for n in edge] + [(line.x[n], line.band[1][n]) for n in reversed(edge)]
@@ -145,6 +147,7 @@ def panel(title, lines, x_label="", y_label="", x_range=None, y_range=None, log_
             out.append(f'<circle {where} r="{line.radius[n]:.3g}" fill="{colour}"><title>{said}</title></circle>')
             if line.ringed and line.ringed[n]:
                 out.append(f'<circle class="ring" stroke="{colour}" {where} r="{line.radius[n] + 3.5:.3g}"/>')
+        out.append("</g>")
     middle = (LEFT + WIDTH - RIGHT) / 2
     out.append(f'<text class="soft" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     out.append(f'<text class="soft" x="{WIDTH - RIGHT}" y="16" text-anchor="end">{escape(y_label)}</text>')
@@ -277,16 +280,18 @@ def draw_sweep(paths):
             for base in dict.fromkeys(numbers[metric] for name, _, numbers in rows if not name):
                 low, high = span(rates, log=True)
                 lines.append(Line([low, high], [base, base], 0, dashed=True))
-            for name in variants:
-                runs = sorted((rate, numbers[metric], leans(numbers)) for n, rate, numbers in rows if n == name)
+            for n, name in enumerate(variants):
+                shift = (n - (len(variants) - 1) / 2) * min(7, 28 / len(variants))
+                runs = sorted((rate, numbers[metric], leans(numbers)) for v, rate, numbers in rows if v == name)
                 means = {rate: np.mean([y for r, y, _ in runs if r == rate]) for rate, _, _ in runs}
-                lines.append(Line(list(means), list(means.values()), colours[name]))
+                lines.append(Line(list(means), list(means.values()), colours[name], shift=shift))
                 x, y, ringed = (list(values) for values in zip(*runs))
-                lines.append(Line(x, y, colours[name], radius=[3.5] * len(runs), ringed=ringed, joined=False))
+                lines.append(Line(x, y, colours[name], radius=[3] * len(runs), ringed=ringed, joined=False, shift=shift))
             guides = [labels_yes(rows[0][2])] if metric == "yes_ratio" else []
             title = f"{split}: {metric.replace('_', ' ')}"
             panels.append(panel(title, lines, "learning rate", "%", span(rates, log=True), log_x=True, guides=guides))
-    notes = "dashed: base; dotted: the labels' yes-ratio", f"ring: the yes-ratio is more than {LEANS} points away"
+    notes = ("a dot is a run, a line the runs' mean; dashed: base; dotted: the labels' yes-ratio",
+             f"ring: the yes-ratio is more than {LEANS} points away from the labels': the model leans to one answer")
     return sheet(panels, {"base": 0} | colours, notes, len(splits))
 
 

@@ -165,6 +165,13 @@ def test_seeds_of_a_sweep(tmp_path):
     assert largest_difference("means", sorted(lines[0]), sorted(p for p in dots[:9] if p in middle)) < 0.02
 
 
+def test_variants_stand_side_by_side(tmp_path):
+    """Equal numbers of two variants at one rate do not hide each other; a variant's line and its dots stand in the same place."""
+    inner = panels(draw_sweep([write_sweep(tmp_path)]))["popular: accuracy"]
+    places = [g.get("transform") for g in inner.iter(SVG + "g")]
+    assert places == ["translate(0)", *["translate(-3.5)"] * 2, *["translate(3.5)"] * 2]       # base, then line and dots of each
+
+
 def test_leaning_is_measured_against_the_labels():
     assert not leans(dict(yes_ratio=85., tp=80, fn=0, fp=5, tn=15)) and leans(dict(yes_ratio=50., tp=50, fn=30, fp=0, tn=20))
 
