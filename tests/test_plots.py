@@ -87,7 +87,7 @@ def write_run(folder, steps, seed=0, **changes):
 def test_training(tmp_path):
     """Two runs over each other, one of them long: means of bins, a band that loses no spike, a small file."""
     long, rows = write_run(tmp_path / "long", 5000)
-    rows[3210]["loss"] = 7.
+    rows[3210]["loss"], rows[1234]["loss"] = 7., -5.
     (tmp_path / "long" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     short, _ = write_run(tmp_path / "a & b", 3, seed=1)
     svg = draw_training([long, short, long])
@@ -100,8 +100,11 @@ def test_training(tmp_path):
         assert len(lines) == (4 if "chosen" in title else 2)
         assert sum(p.get("stroke-dasharray") is not None for p in lines) == (2 if "chosen" in title else 0)
         assert len(path_points(lines[0])) == 200 and len(path_points(lines[-1])) == 3
+    line, band = ([y for _, y in path_points(next(p for p in found["loss"].iter(SVG + "path") if p.get("class") == which))]
+                  for which in ("line", "band"))
+    assert min(band) < min(line) - 50 and max(band) > max(line) + 50             # both spikes are drawn
     steps, mean, low, high = binned([r["step"] for r in rows], [r["loss"] for r in rows])
-    assert max(high) == 7 and all(a <= b <= c for a, b, c in zip(low, mean, high)) and steps == sorted(steps)
+    assert (max(high), min(low)) == (7, -5) and all(a <= b <= c for a, b, c in zip(low, mean, high)) and steps == sorted(steps)
     assert abs(np.mean(mean) - np.mean([r["loss"] for r in rows])) < 1e-9        # all bins are alike full
 
 
