@@ -263,8 +263,8 @@ def check_images(paths):
         results = pool.map(broken, paths) if len(paths) <= IMAGES_OPENED else map(absent, paths)
         bad = [path for path in progress(results, "checking images", len(paths), unit="image") if path]
     if bad:
-        raise InputError(f"{len(bad)} image{'s' * (len(bad) > 1)} missing or unreadable: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''}; "
-                         "check the path, or download again")
+        raise InputError(f"{len(bad)} image{'s' * (len(bad) > 1)} missing or unreadable: {', '.join(bad[:10])}"
+                         f"{' …' if len(bad) > 10 else ''}; check the path, or download again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_ctrl_c(base, images, monkeypatch, capsys):
 
 @pytest.mark.parametrize("forward", (1, 4))
 def test_ctrl_c_beside_another(lively, images, monkeypatch, capsys, forward):
-    """It stops the base's answer, and the other's follows. Both remember the same: before the first word, that nothing was asked."""
+    """It stops the base's answer, the other's follows. Both remember the same: before the first word, that nothing was asked."""
     trunk, head, tokenizer, preprocess = lively
     other = copy.deepcopy(head)
     other.lm_head.weight.data = head.lm_head.weight.roll(1, 0)

@@ -420,7 +420,7 @@ def test_narrow_and_dark(browser):
     numbers = browser.execute_script("""return [...document.querySelectorAll(".bar i")].map(bar => {
         const text = bar.firstElementChild.getBoundingClientRect().width;
         return [text > 0, text <= bar.getBoundingClientRect().width]})""")
-    assert all(whole for _, whole in numbers) and {True, False} == {seen for seen, _ in numbers}      # none is cut, and some are left out
+    assert all(whole for _, whole in numbers) and {seen for seen, _ in numbers} == {True, False}     # cut: none; left out: some
     columns = "return getComputedStyle(document.getElementById('cards')).gridTemplateColumns.split(' ').length"
     assert browser.execute_script(columns) == 1
     colours = []
