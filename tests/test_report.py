@@ -407,7 +407,7 @@ def test_keyboard(browser):
     detail.find_elements("css selector", ".heads button")[-1].click()            # the other block's last head
     assert pressed() == ["4"] and "after, head 4 of 4" in detail.find_element("css selector", ".note").text
     last = browser.execute_script("return found.length - 1")
-    press(browser, Keys.ARROW_LEFT)                                              # before the first comes the last, far down the page
+    press(browser, Keys.ARROW_LEFT)                                              # before the first comes the last, far down
     press(browser, Keys.ESCAPE)
     until(lambda: not detail.is_displayed())
     until(lambda: active() == last)
