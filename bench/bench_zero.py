@@ -1,17 +1,18 @@
 """Pairs per second and memory of one optimizer step, for every way to spread a training over GPUs: what fits on which cards.
 
-    torchrun --nproc_per_node 4 bench/bench_zero.py [--size 7b] [--pairs 4] [--tokens 24]
+    python bench/bench_zero.py --gpus 4 [--size 7b] [--pairs 4] [--tokens 24] [--only LoRA]
 
 Each line is one of train.py's trainings under one ZeRO stage (arXiv 1910.02054): what every process holds whole (0), and
-what is divided among them: the optimizer's states (1), gradients too (2), weights too (3), or with --offload the states and
+what is divided among them: the optimizer's states (1), gradients too (2), weights too (3); `+ offload` puts the states and
 the step on the host. Weights are random; every process makes its own pairs before the clock starts. Memory is the highest of
 a step on any GPU; before it, while the engine starts, every GPU holds the whole model once (14 GB at 7B). Trainings of
-LLaMA or its LoRA use gradient checkpointing and include the reference's pass. `--only full` takes the lines of that name.
+LLaMA or its LoRA use gradient checkpointing and include the reference's pass. A line has processes of its own, started
+through torchrun, because DeepSpeed does not give back all memory of a ZeRO-3 engine.
 """
 import argparse
-import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 
@@ -40,8 +41,8 @@ def fits(trained, zero, offload, device):
     return trained * (4 if offload else BYTES) / (dist.get_world_size() if zero else 1) < free
 
 
-def one(deepspeed, size, what, zero, offload, images, pairs, tokens, repeats):
-    """Optimizer steps of one line → seconds of a step, bytes; None where it does not fit."""
+def one(deepspeed, size, what, zero, offload, pairs, tokens, repeats):
+    """Optimizer steps of one line, on every process → its last three cells."""
     ours, rank = random_llava(size), dist.get_rank()
     head = identity(ours) if what == "stage 2" else ours.head
     if what == "LoRA":
@@ -49,49 +50,50 @@ def one(deepspeed, size, what, zero, offload, images, pairs, tokens, repeats):
     if what != "stage 2":
         checkpoint_layers(ours.trunk.model)
     if what == "full" and not fits(sum(p.numel() for p in ours.trunk.model.parameters()), zero, offload, ours.device):
-        return None
-    dataset = make_pairs(ours, images, pairs, tokens, seed=rank)
-    batch = dataset[list(range(pairs))].to(ours.device, ours.dtype)
-    config = {"zero_optimization": {"stage": zero, "overlap_comm": True, "contiguous_gradients": True}, "gradient_clipping": 1.0}
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(config, file)
-        file.flush()
-        engine = start_engine(deepspeed, ours, head, TRAININGS[what], pairs, zero=file.name, offload=offload)
+        return "does not fit | – | –"
+    with tempfile.TemporaryDirectory() as folder:
+        images = [os.path.join(folder, image) for image in write_images(folder, pairs)]
+        batch = make_pairs(ours, images, pairs, tokens, seed=rank)[list(range(pairs))].to(ours.device, ours.dtype)
+        path = os.path.join(folder, "ds.json")
+        with open(path, "w") as file:
+            json.dump({"zero_optimization": {"stage": zero}, "gradient_clipping": 1.0}, file)
+        engine = start_engine(deepspeed, ours, head, TRAININGS[what], pairs, zero=path, offload=offload)
     measured = measure(lambda: step(engine, batch), ours.device, repeats, warm_up=1)
     figures = torch.tensor([measured.seconds, float(measured.memory or 0)], dtype=torch.float64, device=ours.device)
     dist.all_reduce(figures, dist.ReduceOp.MAX)
+    seconds, memory = figures.tolist()
     engine.destroy()
-    return figures.tolist()
+    return f"{dist.get_world_size() * pairs / seconds:.3g} | {seconds:.3g} | " + (f"{memory / 2 ** 30:.1f}" if memory else "–")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--pairs", type=int, default=4, help="at once, on every GPU")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=TRAININGS, nargs="+", default=list(TRAININGS))
+    parser.add_argument("--line", type=int, help=argparse.SUPPRESS)         # one of RUNS: this is one of its processes
     args = parser.parse_args(argv)
-    deepspeed, rank, world_size, device = start_deepspeed()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    with tempfile.TemporaryDirectory() as folder:
-        images = [os.path.join(folder, image) for image in write_images(folder, args.pairs)]
-        if rank == 0:
-            print(f"{world_size} × {name}, torch {torch.__version__}, deepspeed {deepspeed.__version__}, {args.pairs} pairs of "
-                  f"{args.tokens} tokens on each\n\n| GPUs | trained | ZeRO | pairs/s | s a step | peak memory of a GPU, GiB |\n"
-                  "|---|---|---|---|---|---|", flush=True)
-        for what, zero, offload in RUNS:
-            if what not in args.only:
-                continue
-            figures = one(deepspeed, args.size, what, zero, offload, images, args.pairs, args.tokens, args.repeats)
-            gc.collect()
-            cells = "does not fit | – | –"
-            if figures:
-                seconds, memory = figures
-                cells = f"{world_size * args.pairs / seconds:.3g} | {seconds:.3g} | " + (f"{memory / 2 ** 30:.1f}" if memory else "–")
-            if rank == 0:
-                print(f"| {world_size} | {what} | {zero}{' + offload' * offload} | {cells} |", flush=True)
-    dist.destroy_process_group()
+    if args.line is not None:
+        deepspeed = start_deepspeed()[0]
+        cells = one(deepspeed, args.size, *RUNS[args.line], args.pairs, args.tokens, args.repeats)
+        if dist.get_rank() == 0:
+            what, zero, offload = RUNS[args.line]
+            print(f"| {args.gpus} | {what} | {zero}{' + offload' * offload} | {cells} |", flush=True)
+        dist.destroy_process_group()
+        return
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{args.gpus} × {name}, torch {torch.__version__}, {args.pairs} pairs of {args.tokens} tokens on each\n\n"
+          "| GPUs | trained | ZeRO | pairs/s | s a step | peak memory of a GPU, GiB |\n|---|---|---|---|---|---|", flush=True)
+    for n, (what, zero, offload) in enumerate(RUNS):
+        if what in args.only:
+            options = vars(args) | {"line": n}
+            del options["only"]
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), __file__]
+            if subprocess.run(command + [str(x) for name, value in options.items() for x in (f"--{name}", value)]).returncode:
+                print(f"| {args.gpus} | {what} | {zero}{' + offload' * offload} | failed, see above | – | – |", flush=True)
 
 
 if __name__ == "__main__":
