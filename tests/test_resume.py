@@ -350,13 +350,13 @@ def test_when_a_loss_explodes(in_this_process):
     from collections import deque
     seen = [([3, 1, 2], {"loss": torch.tensor(2.5)})]
     recent = deque(maxlen=20)
-    check_loss(1e6, recent, 1, seen, "nowhere")
+    check_loss(1e6, recent, 1, seen, "nowhere", EXAMPLES)
     for loss in (0.001, 19.9, 0.5):
-        check_loss(loss, deque([0.001] * 20, maxlen=20), 2, seen, "nowhere")
-    check_loss(590., deque([30.] * 20, maxlen=20), 2, seen, "nowhere")
+        check_loss(loss, deque([0.001] * 20, maxlen=20), 2, seen, "nowhere", EXAMPLES)
+    check_loss(590., deque([30.] * 20, maxlen=20), 2, seen, "nowhere", EXAMPLES)
     for loss, before in ((20.5, 0.001), (610., 30.), (math.nan, 1.), (math.inf, 1.)):
         with pytest.raises(InputError, match="from examples 3, 1, 2 of the data; the step was not taken: look"):
-            check_loss(loss, deque([before] * 20, maxlen=20), 2, seen, "nowhere")
+            check_loss(loss, deque([before] * 20, maxlen=20), 2, seen, "nowhere", EXAMPLES)
 
 
 def test_the_log_is_cut_back(tmp_path):
