@@ -82,7 +82,7 @@ def write_tensors(path, tensors):
     again = read_file(path)
     bad = [k for k, v in tensors.items() if k not in again or not torch.equal(again[k].read(), v.detach().cpu())]
     if bad or not tensors:
-        raise RuntimeError(f"{path}: what was written is not what was to be written, or holds NaN ({', '.join(bad[:5]) or 'nothing'})")
+        raise RuntimeError(f"{path}: what was written is not what was to be written, or holds NaN ({bad[:5] or 'nothing'})")
 
 
 def fingerprint(trunk, head):

@@ -81,10 +81,10 @@ def refuse_settings(config, path, offload):
             (auto, f"{auto} is \"auto\", which only the HF Trainer understands; write a value or remove it"),
             (batch, f"{', '.join(batch)} must be a whole number above 0; write one or remove it"),
             (not isinstance(zero, dict), 'zero_optimization must be an object; write for example {"stage": 3}'),
-            ("optimizer" in config or "scheduler" in config, "optimizer and scheduler are not read from the file; remove them and say "
-             "--learning_rate, --weight_decay, --warmup_ratio"),
-            ((config.get("fp16") or {}).get("enabled"), "fp16, which needs its loss scaled, is not built here; remove it and say --bf16"),
-            (offloaded and not offload, f"{', '.join(offloaded)}: slow, and done only where it is asked for; remove it or say --offload")):
+            ("optimizer" in config or "scheduler" in config, "optimizer and scheduler are not read from the file; remove them and "
+             "say --learning_rate, --weight_decay, --warmup_ratio"),
+            ((config.get("fp16") or {}).get("enabled"), "fp16, which needs its loss scaled, is not built here; say --bf16 instead"),
+            (offloaded and not offload, f"{', '.join(offloaded)}: slow, and done only where asked for; remove it or say --offload")):
         if wrong:
             raise InputError(f"{path}: {what}")
 
@@ -239,8 +239,9 @@ def check_gradients(trained, reached):
     """After the first step's backwards every trained tensor must have got a gradient."""
     without = [name for name in trained if name not in reached]
     if without:
-        raise InputError(f"{len(without)} trained tensors get no gradient ({', '.join(without[:5])}{' …' if without[5:] else ''}): the "
-                         "loss does not depend on them; leave their group out of --tune")
+        some = ", ".join(without[:5]) + (" …" if without[5:] else "")
+        raise InputError(f"{len(without)} trained tensors get no gradient ({some}): the loss does not depend on them; leave their "
+                         "group out of --tune")
 
 
 def check_loss(loss, recent, step, seen, folder, examples):

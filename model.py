@@ -217,8 +217,9 @@ def can_use_gpu():
         elif not hidden and glob.glob("/dev/nvidia[0-9]*"):
             raise RuntimeError("torch finds none, but this machine has one")
     except RuntimeError as e:
-        raise InputError(f"the GPU cannot be used ({str(e).splitlines()[0]}). Here are {versions()}: install a torch that is built for "
-                         "this GPU and driver (pytorch.org/get-started), or a newer driver; CUDA_VISIBLE_DEVICES= (empty) takes the CPU")
+        raise InputError(f"the GPU cannot be used ({str(e).splitlines()[0]}). Here are {versions()}: install a torch that is "
+                         "built for this GPU and driver (pytorch.org/get-started), or a newer driver; CUDA_VISIBLE_DEVICES= (empty) "
+                         "takes the CPU")
     return found
 
 

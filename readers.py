@@ -34,7 +34,7 @@ class InputError(Exception):
 
 
 def run_program(main):
-    """Run a command-line program; what the user can cure ends it with one line and exit code 1, said by one rank; Ctrl-C with 130."""
+    """Run a command-line program; what the user can cure ends it with one line and exit code 1; Ctrl-C with 130."""
     try:
         main()
     except InputError as e:

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, dpo_flags, run_train, small_config, succeeds
+from conftest import ROOT, dpo_flags, preference_rows, run_train, small_config, succeeds
 
 import loop
 import model
@@ -35,7 +35,8 @@ PITFALLS = {
     4: ("a copied file moved the optimizer to the CPU",
         "test_offload_only_when_asked_for test_the_shipped_configuration_is_plain test_impossible_configurations_are_explained"),
     5: ("no_sync is incompatible with ZeRO-3",
-        "test_the_loop_only_calls_the_engine test_zero3_on_two_processes_follows_zero0_on_one test_every_zero_stage_gives_the_same_losses"),
+        "test_the_loop_only_calls_the_engine "
+        "test_zero3_on_two_processes_follows_zero0_on_one test_every_zero_stage_gives_the_same_losses"),
     6: ('"auto" outside of the HF Trainer', "test_impossible_configurations_are_explained test_mistakes_are_one_line"),
     7: ("GIFs named .jpg, images missing or cut short", "test_a_gif_named_jpg_opens test_images_are_checked_before_training "
         "test_images_cut_short_are_found test_images_of_very_many_are_looked_up_in_their_folders test_mistakes_are_one_line"),
@@ -57,7 +58,8 @@ PITFALLS = {
          "test_rows_are_those_that_json_finds test_rows_are_read_when_asked_for test_bench_rows_runs"),
     20: ('"newly initialized" scrolled past', "test_damaged test_nothing_is_read_before_shapes_agree test_wrong_adapters"),
     21: ('"None of the inputs have requires_grad"', "test_a_trained_tensor_without_gradient_is_an_error "
-         "test_gradients_reach_the_stages_tensors_and_no_other test_every_group_can_be_trained_by_every_loss test_a_run_says_what_it_trains"),
+         "test_gradients_reach_the_stages_tensors_and_no_other "
+        "test_every_group_can_be_trained_by_every_loss test_a_run_says_what_it_trains"),
     22: ("the reference took a second 14 GB", "test_the_reference_is_no_second_model"),
     23: ("a hub id where a path was meant", "test_hub_ids_are_paths test_mistakes_are_one_line test_flags_that_cannot_be "
          "test_no_foreign_package_runs"),
@@ -125,9 +127,10 @@ def test_the_loop_only_calls_the_engine():
     """5: forward, backward, step and questions about numbers; nothing that a ZeRO stage could forbid."""
     called = {node.func.attr for node in ast.walk(CHAPTERS["loop.py"]) if isinstance(node, ast.Call)
               and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id == "engine"}
-    asked = {name for name in called if name.startswith("get_") or "batch_size" in name or name in ("gradient_accumulation_steps", "eval", "train")}
+    asked = {name for name in called if name.startswith("get_") or "batch_size" in name
+             or name in ("gradient_accumulation_steps", "eval", "train")}
     assert called - asked == {"backward", "step"}
-    assert not any(isinstance(node, ast.Attribute) and node.attr == "no_sync" for tree in CHAPTERS.values() for node in ast.walk(tree))
+    assert "no_sync" not in {node.attr for tree in CHAPTERS.values() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
 def test_nothing_depends_on_a_generation_config(world, tmp_path):
@@ -161,7 +164,7 @@ def machine(monkeypatch):
 def test_a_gpu_that_torch_cannot_use(machine):
     """3: a torch built without CUDA, or for a newer driver, sees none; the three versions are said, and what to install."""
     machine.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="GPU cannot be used.*torch finds none.*driver.*install a torch.*CUDA_VISIBLE_DEVICES=") as error:
+    with pytest.raises(InputError, match="GPU cannot be used.*finds none.*driver.*install a torch.*CUDA_VISIBLE_DEVICES=") as error:
         can_use_gpu()
     assert f"torch {torch.__version__}" in str(error.value) and re.search(r"deepspeed \d+\.\d+", str(error.value))
     machine.setenv("CUDA_VISIBLE_DEVICES", "")                                   # the CPU is asked for
@@ -197,8 +200,8 @@ def test_another_ranks_error_is_said_too(tmp_path):
         "def main():\n    if os.environ['RANK'] in sys.argv[1:]:\n        raise InputError('row 7: mend it')\n    time.sleep(60)\n"
         "run_program(main)\n")
     for ranks in (["1"], ["0", "1"]):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "one.py", *ranks]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "one.py"]
+        done = subprocess.run([*command, *ranks], capture_output=True, text=True, timeout=100)
         assert done.returncode and done.stderr.count("error: row 7: mend it\n") == 1, done.stderr
 
 
@@ -233,7 +236,8 @@ def test_a_save_gathers_one_tensor_at_a_time(world, tmp_path, monkeypatch, in_th
 
     def watched_save(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(deepspeed.zero, "GatheredParameters", lambda params, **options: gathered.append(params) or original(params, **options))
+            patch.setattr(deepspeed.zero, "GatheredParameters",
+                          lambda params, **options: gathered.append(params) or original(params, **options))
             save(*args)
 
     monkeypatch.setattr(train, "save", watched_save)
@@ -252,8 +256,7 @@ def test_a_run_says_what_it_trains(world, tmp_path, capsys, in_this_process):
     assert f"{count} tensors trained (post_decoder, " in said and "are cut" not in said
     shutil.copytree(world.base, tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    trunk, _, tokenizer, _ = load_base(world.base)
-    rows = train.PackedDataset(train.read_hadpo(world.desc, world.pairs, world.vg, True), tokenizer, None, trunk.config.vision.num_patches, 256)
+    rows = preference_rows(world, load_base(world.base)[0])
     longest = max(max(rows.row(i).position) for i in range(len(rows)))
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"tokenizer_model_max_length": longest}))
     few_steps(world, tmp_path / "cut", "--stage", 1, "--model_name_or_path", tmp_path / "base")
@@ -284,7 +287,7 @@ def test_folders_are_known_by_what_they_hold(world, tmp_path, in_this_process, n
     base, trained, adapter = (str(tmp_path / part / name) for part in ("base", "trained", "adapter"))
     shutil.copytree(world.base, base)
     few_steps(world, trained, "--stage", 1, "--model_name_or_path", base)
-    run_train("--lora_r", 2, "--max_steps", 1, "--keep_correct", "--output_dir", adapter, *dpo_flags(world), "--model_name_or_path", base)
+    run_train("--lora_r", 2, "--max_steps", 1, "--output_dir", adapter, *dpo_flags(world), "--model_name_or_path", base)
     assert [kind(path) for path in (base, trained, adapter)] == ["base", "trained", "adapter"]
     trunk, head, *_ = load_base(base, adapter=adapter)
     trunk, head, *_ = load_base(base)
