@@ -26,6 +26,7 @@ import torch
 
 from data import EOS, check_images
 from eval_pope import load_all
+from model import can_use_gpu
 from readers import InputError, run_program
 from sampling import Conversation, Sampling
 
@@ -145,7 +146,7 @@ def main():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = can_use_gpu()
     bf16 = on_gpu if args.bf16 is None else args.bf16
     print(f"loading {args.checkpoints[0]}", file=sys.stderr)
     trunk, heads, tokenizer, preprocess = load_all(args, torch.device("cuda" if on_gpu else "cpu"),

@@ -76,6 +76,15 @@ def fill(module):
     return module
 
 
+def write_tensors(path, tensors):
+    """Write {key: tensor}, open the file again and compare: no key is lost, nothing is empty."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
+    again = read_file(path)
+    bad = [k for k, v in tensors.items() if k not in again or not torch.equal(again[k].read(), v.detach().cpu())]
+    if bad or not tensors:
+        raise RuntimeError(f"{path}: what was written is not what was to be written, or holds NaN ({bad[:5] or 'nothing'})")
+
+
 def fingerprint(trunk, head):
     """Sixteen hex digits of names, shapes and 64 sampled values of every tensor: which base this is, in any dtype ≥ bf16.
 
@@ -194,8 +203,8 @@ def save_base(folder, trunk, head, tokenizer, tensors=None, preprocess=None):
     block, which LLaVA's layout does not know, is told in config.json under its own name.
     """
     tensors = tensors or dict(trunk.state_dict()) | dict(head.state_dict())
-    tower = {k.removeprefix("vision_tower."): v.contiguous() for k, v in tensors.items() if k.startswith("vision_tower.")}
-    rest = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("vision_tower.")}
+    tower = {k.removeprefix("vision_tower."): v for k, v in tensors.items() if k.startswith("vision_tower.")}
+    rest = {k: v for k, v in tensors.items() if not k.startswith("vision_tower.")}
     config, partial = trunk.config, folder.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(os.path.join(partial, "vision_tower"))
@@ -214,8 +223,8 @@ def save_base(folder, trunk, head, tokenizer, tensors=None, preprocess=None):
         write_json(os.path.join(partial, "vision_tower", "preprocessor_config.json"), settings | {
             "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
             "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_normalize": True})
-    save_file(rest, os.path.join(partial, "model.safetensors"), {"format": "pt"})
-    save_file(tower, os.path.join(partial, "vision_tower", "model.safetensors"), {"format": "pt"})
+    write_tensors(os.path.join(partial, "model.safetensors"), rest)
+    write_tensors(os.path.join(partial, "vision_tower", "model.safetensors"), tower)
     shutil.copyfile(tokenizer.path, os.path.join(partial, "tokenizer.model"))
     put_in_place(partial, folder)
 
@@ -258,7 +267,7 @@ def adapter_config(info):
 
 
 def save_trained(folder, tensors, info, tokenizer):
-    """Write a trained checkpoint, read it back and put it in its place. `tensors`: {public name: tensor}."""
+    """Write a trained checkpoint and put it in its place. `tensors`: {public name: tensor}."""
     partial = folder.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -268,13 +277,7 @@ def save_trained(folder, tensors, info, tokenizer):
         raise RuntimeError(f"{folder}: nothing was trained")
     for name, part in ((TRAINED_FILE, head), ("adapter_model.safetensors", lora)):
         if part:
-            path = os.path.join(partial, name)
-            save_file({k: v.detach().cpu().contiguous() for k, v in part.items()}, path, {"format": "pt"})
-            again = read_file(path)
-            bad = [k for k, v in part.items()
-                   if k not in again or again[k].shape != v.shape or (v != 0).any() and not again[k].read().any()]
-            if bad:
-                raise RuntimeError(f"{path}: what was written is not what was trained ({bad})")
+            write_tensors(os.path.join(partial, name), part)
     if lora:
         write_json(os.path.join(partial, "adapter_config.json"), adapter_config(info))
     write_json(os.path.join(partial, "config.json"), {"model_type": OURS, **info})

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from checkpoint import base_of, fingerprint, holds_model, is_trained, kind, load_base, load_trained, tower_of, write_json
 from data import SYSTEM, SYSTEM_HADPO_EVAL, PackedDataset, check_images
-from model import answer
+from model import answer, can_use_gpu
 from readers import IMAGE, Example, InputError, field, read_pope, read_rows, run_program
 
 SPLITS = {"random": "random", "popular": "popular", "adv": "adversarial"}      # --set → POPE's name
@@ -267,7 +267,7 @@ def evaluate(args):
         raise InputError(f"{image_folder}: no such folder; --coco_path names the folder that holds val2014")
     if args.report and (os.path.isdir(args.report) or not os.path.isdir(os.path.dirname(os.path.abspath(args.report)))):
         raise InputError(f"--report {args.report}: is a folder or lies in none; name a file in a folder that exists")
-    on_gpu, rank = torch.cuda.is_available(), int(os.environ.get("RANK", 0))
+    on_gpu, rank = can_use_gpu(), int(os.environ.get("RANK", 0))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     bf16 = on_gpu if args.bf16 is None else args.bf16
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

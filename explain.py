@@ -30,7 +30,7 @@ from data import IMAGE_ID, Batch, ImageProcessor, PackedDataset, Row, Tokenizer,
 from dpo import CHOSEN, REJECTED, dpo_loss, mean_nll, sequence_logps
 from eval_pope import load_all
 from llama import LlamaModel, branch_mask
-from model import Head, Trunk, answer_states
+from model import Head, Trunk, answer_states, can_use_gpu
 from objective import Objective, set_trained
 from post_decoder import Block, BlockAttention, PostInteractionBlock
 from readers import Example, InputError, read_hadpo, read_json, run_program
@@ -54,7 +54,7 @@ def load(path):
     run = read_config(path).get("arguments", {}) if what == "trained" else {}
     before = [run["init"]] if run.get("init", "identity") != "identity" else []
     named = argparse.Namespace(checkpoints=[*before, path], model_name_or_path=None, vision_tower=None)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = can_use_gpu()
     trunk, heads, tokenizer, preprocess = load_all(named, torch.device("cuda" if on_gpu else "cpu"),
                                                    torch.bfloat16 if on_gpu else torch.float32)
     *_, reference, head = [None, *heads.values()]

@@ -180,6 +180,7 @@ def keep_features(folder, dataset, trunk, block, base, batch_size, rank=0, world
     image_index, (tokens, offsets), dtype = rows["image"][0], rows["token"], next(trunk.parameters()).dtype
     shape = (vision.num_patches, vision.hidden_size if key["features"] == "clip" else text.hidden_size)
     kept = KeptFeatures(folder, rows, image_index, int(image_index.max()) + 1, text.hidden_size, shape, dtype)
+    kept.examples = dataset.examples
     missing = sorted((kept.done == 0).nonzero().flatten().tolist(), key=dataset.lengths().__getitem__)
     batches = [missing[start:start + batch_size] for start in range(rank * batch_size, len(missing), batch_size * world_size)]
     if world_size > 1:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import IGNORE, ResumableSampler, batches_ahead
+from model import can_use_gpu, versions
 from readers import InputError, read_json
 from resume import read_latest, resume_command, save_state, say
 
@@ -31,16 +32,15 @@ def deepspeed_config(args, world_size, on_gpu):
     """The configuration file, checked, with the batch arithmetic filled in."""
     config = {"zero_optimization": {"stage": 0}, "gradient_clipping": 1.0}
     if args.deepspeed:
-        config = read_json(args.deepspeed)
-        path = find_auto(config)
-        if path:
-            raise InputError(f"{args.deepspeed}: {path} is \"auto\", which only the HF Trainer understands; write a value or "
-                             "remove it")
-    in_file = config.get("train_micro_batch_size_per_gpu")
-    micro, accumulation = args.per_device_train_batch_size or in_file, args.gradient_accumulation_steps
-    if in_file and in_file != micro:
-        raise InputError(f"{args.deepspeed}: train_micro_batch_size_per_gpu is {in_file} and --per_device_train_batch_size "
-                         f"{micro}; remove one of them")
+        config = read_json(args.deepspeed, dict)
+        refuse_settings(config, args.deepspeed, args.offload)
+    for name, flag in (("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
+                       ("gradient_accumulation_steps", "gradient_accumulation_steps")):
+        in_file, typed = config.get(name), getattr(args, flag)
+        if in_file and typed and in_file != typed:
+            raise InputError(f"{args.deepspeed}: {name} is {in_file} and --{flag} {typed}; remove one of them")
+    micro = args.per_device_train_batch_size or config.get("train_micro_batch_size_per_gpu")
+    accumulation = args.gradient_accumulation_steps or config.get("gradient_accumulation_steps")
     total = config.get("train_batch_size")
     if total is None:
         total = micro * accumulation * world_size if micro and accumulation else args.default_batch
@@ -70,10 +70,30 @@ def deepspeed_config(args, world_size, on_gpu):
     return config
 
 
+def refuse_settings(config, path, offload):
+    """InputError for what stands in many a copied file and this loop would ignore, or do without being asked."""
+    auto, zero = find_auto(config), config.get("zero_optimization", {})
+    batch = [name for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+             if name in config and not (isinstance(config[name], int) and config[name] > 0)]
+    offloaded = [name for name in ("offload_optimizer", "offload_param")
+                 if isinstance(zero, dict) and (zero.get(name) or {}).get("device", "none") != "none"]
+    for wrong, what in (
+            (auto, f"{auto} is \"auto\", which only the HF Trainer understands; write a value or remove it"),
+            (batch, f"{', '.join(batch)} must be a whole number above 0; write one or remove it"),
+            (not isinstance(zero, dict), 'zero_optimization must be an object; write for example {"stage": 3}'),
+            ("optimizer" in config or "scheduler" in config, "optimizer and scheduler are not read from the file; remove them and "
+             "say --learning_rate, --weight_decay, --warmup_ratio"),
+            ((config.get("fp16") or {}).get("enabled"), "fp16, which needs its loss scaled, is not built here; say --bf16 instead"),
+            (offloaded and not offload, f"{', '.join(offloaded)}: slow, and done only where asked for; remove it or say --offload")):
+        if wrong:
+            raise InputError(f"{path}: {what}")
+
+
 def find_auto(value, path=""):
     """Where in a configuration an "auto" stands, or None."""
-    if isinstance(value, dict):
-        return next((found for k, v in value.items() if (found := find_auto(v, f"{path}.{k}" if path else k))), None)
+    if isinstance(value, (dict, list)):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return next((found for k, v in inner if (found := find_auto(v, f"{path}.{k}" if path else str(k)))), None)
     return path if value == "auto" else None
 
 
@@ -86,14 +106,18 @@ def cosine(step, total, warmup):
 
 def start_deepspeed():
     """Import and start DeepSpeed on whatever is here. Returns the module, rank, number of processes, device."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = can_use_gpu()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")               # or it warns that it found none
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
         os.environ.setdefault(name, str(value))                      # `python train.py` is one process
     import logging
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # "No CUDA runtime is found" on a CPU
-    import deepspeed
+    try:
+        import deepspeed
+    except Exception as e:      # whatever one that does not fit this torch or this CUDA may raise
+        raise InputError(f"deepspeed cannot be imported ({str(e).splitlines()[0]}). Here are {versions()}: "
+                         "pip install -r requirements.txt installs what fits together")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)  # none of its C++ ops is probed for, built or used
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -149,6 +173,7 @@ def run_steps(engine, rows, start, steps, args, trained, reference, interruption
     rank, world_size, accumulation = dist.get_rank(), dist.get_world_size(), engine.gradient_accumulation_steps()
     folder, recent = args.output_dir + ".run", collections.deque(maxlen=20)
     micro_batches, noted = batches_of(engine, rows, steps, args, device, dtype, start), False
+    reached = watch_gradients(trained)
     path, began = os.path.join(folder, "metrics.jsonl") if rank == 0 else os.devnull, time.perf_counter()
     with (open(path, "a", buffering=1) as log,      # line by line
           tqdm(total=steps, initial=start, desc="training", unit="step", disable=rank != 0, mininterval=0.5) as bar):
@@ -167,17 +192,22 @@ def run_steps(engine, rows, start, steps, args, trained, reference, interruption
                 if n < accumulation:
                     engine.step()                       # only counts
             if step == start + 1:
-                check_gradients(trained, engine)
+                check_gradients(trained, reached)
             values = torch.stack([torch.stack([m[name] for _, m in seen]).float().mean() for name in seen[0][1]])
             dist.all_reduce(values)
             values = dict(zip(seen[0][1], (values / world_size).tolist()))
-            check_loss(values["loss"], recent, step, seen, folder)
+            if step == 1 and abs(values.get("rewards/margin", 0)) > args.beta:        # more than a nat
+                raise RuntimeError(f"policy and reference differ before the first step (loss {values['loss']:g}, margin "
+                                   f"{values['rewards/margin']:g}, which must be 0): one of them is not what the run starts from")
+            check_loss(values["loss"], recent, step, seen, folder, rows.examples)
             learning_rate = engine.get_lr()[0]
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             engine.step()
             seconds, began = time.perf_counter() - began, time.perf_counter()
             values |= {"learning_rate": learning_rate, "grad_norm": float(engine.get_global_grad_norm() or norm),
                        "pairs_per_second": engine.train_batch_size() / seconds}
+            if not 0 <= values["grad_norm"] < math.inf:                               # ZeRO says -1 when it is no number
+                stop("the gradient is no number", step, of_all_ranks(seen), folder, rows.examples)
             bar.update()
             if step % args.logging_steps == 0 or step == steps:
                 log.write(json.dumps({"step": step, **values}) + "\n")
@@ -197,26 +227,44 @@ def run_steps(engine, rows, start, steps, args, trained, reference, interruption
         say(f"{steps} steps: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 
-def check_gradients(trained, engine):
-    """After the first backward every trained tensor must have a gradient (ZeRO keeps them elsewhere than in .grad)."""
-    if engine.zero_optimization_stage() == 0:
-        without = [name for name, p in trained.items() if p.grad is None]
-        if without:
-            raise RuntimeError(f"trained tensors without a gradient: {', '.join(without)}")
+def watch_gradients(trained):
+    """A set that will hold the names of the tensors that a backward has reached: ZeRO moves gradients out of `.grad` at once."""
+    reached = set()
+    for name, parameter in trained.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
+    return reached
 
 
-def check_loss(loss, recent, step, seen, folder):
+def check_gradients(trained, reached):
+    """After the first step's backwards every trained tensor must have got a gradient."""
+    without = [name for name in trained if name not in reached]
+    if without:
+        some = ", ".join(without[:5]) + (" …" if without[5:] else "")
+        raise InputError(f"{len(without)} trained tensors get no gradient ({some}): the loss does not depend on them; leave their "
+                         "group out of --tune")
+
+
+def check_loss(loss, recent, step, seen, folder, examples):
     """Before a step is taken: InputError when its loss is no number, or over 20 times the mean of the last 20 (at least 1)."""
     limit = 20 * max(1, sum(recent) / len(recent)) if recent else math.inf
     recent.append(loss)
-    if math.isfinite(loss) and loss <= limit:
-        return
+    if not math.isfinite(loss) or loss > limit:
+        parts = of_all_ranks(seen)
+        worst = [p for p in parts if not math.isfinite(p[1])] or [max(parts, key=lambda p: p[1])]
+        stop(f"the loss is {loss:g}", step, worst, folder, examples)
+
+
+def of_all_ranks(seen):
+    """[(ids, metrics)] of this rank's micro batches → [(ids, loss)] of everybody's."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, [(ids, float(metrics["loss"])) for ids, metrics in seen])
-    parts = [part for rank in parts for part in rank]
-    worst = [p for p in parts if not math.isfinite(p[1])] or [max(parts, key=lambda p: p[1])]
-    ids = [i for part in worst for i in part[0]]
-    examples, latest = ", ".join(map(str, ids[:16])) + (" …" if len(ids) > 16 else ""), read_latest(folder)
+    return [part for rank in parts for part in rank]
+
+
+def stop(what, step, parts, folder, examples):
+    """InputError that names the step, the rows of the micro batches `parts` with their images, and what to go back to."""
+    ids, latest = [i for part in parts for i in part[0]], read_latest(folder)
+    named = ", ".join(f"{i} ({os.path.basename(examples[i].image or 'text')})" for i in ids[:16]) + (" …" if len(ids) > 16 else "")
     state = f", and {os.path.join(folder, latest)} is the last good state" if latest else ""
-    raise InputError(f"the loss is {loss:g} at step {step}, from examples {examples} of the data; the step was not taken{state}: "
+    raise InputError(f"{what} at step {step}, from examples {named} of the data; the step was not kept{state}: "
                      "look at these examples, or lower --learning_rate")

@@ -15,6 +15,10 @@ Loading and saving: checkpoint.py. `python model.py CKPT` talks to one (chat.py)
 preference pair passes through it (explain.py). Follows LLaVA-1.5 (arXiv 2310.03744); parameter names are those of its files.
 Deliberately different: `Trunk` has no `lm_head`, and the image's place in the row is expanded by data.py.
 """
+import glob
+import importlib.metadata
+import os
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -187,6 +191,36 @@ def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
     answers = [[ids[:ids.index(EOS)] if EOS in ids else ids for ids, r in zip(row, rs) if r]
                for row, rs in zip(tokens, real.tolist())]
     return answers, first_logits
+
+
+def versions():
+    """What has to fit together, for a message."""
+    try:
+        deepspeed = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        deepspeed = "(not installed)"
+    path, driver = "/proc/driver/nvidia/version", None
+    if os.path.isfile(path):
+        with open(path) as file:
+            driver = re.search(r"\d+\.\d+[.\d]*", file.readline())
+    return (f"torch {torch.__version__} (built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}), "
+            f"NVIDIA's driver {driver[0] if driver else '(not found)'}, deepspeed {deepspeed}")
+
+
+def can_use_gpu():
+    """Whether there is a GPU. InputError when there is one that this torch cannot use: nobody wants LLaVA on a CPU unasked."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    found = torch.cuda.is_available()
+    try:
+        if found:
+            torch.ones(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}").add_(1)          # it has kernels for this one
+        elif not hidden and glob.glob("/dev/nvidia[0-9]*"):
+            raise RuntimeError("torch finds none, but this machine has one")
+    except RuntimeError as e:
+        raise InputError(f"the GPU cannot be used ({str(e).splitlines()[0]}). Here are {versions()}: install a torch that is "
+                         "built for this GPU and driver (pytorch.org/get-started), or a newer driver; CUDA_VISIBLE_DEVICES= (empty) "
+                         "takes the CPU")
+    return found
 
 
 def rows_at_once(config, tokens, parameter):

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,13 +34,14 @@ class InputError(Exception):
 
 
 def run_program(main):
-    """Run a command-line program; what the user can cure ends it with one line and exit code 1, said by rank 0; Ctrl-C with 130."""
+    """Run a command-line program; what the user can cure ends it with one line and exit code 1; Ctrl-C with 130."""
     try:
         main()
     except InputError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            # From a DataLoader worker it arrives behind a traceback of many lines.
-            print(f"error: {str(e).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)           # where rank 0 says the same, the launcher ends us before we do
+        # From a DataLoader worker it arrives behind a traceback of many lines.
+        print(f"error: {str(e).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -110,6 +112,8 @@ def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed
         if image_id not in images:
             raise InputError(f"{path}, row {number}: image_id {image_id} is not in {vg_path}/image_data.json; do both belong to "
                              "the same data?")
+        if not chosen.strip() or not rejected.strip():
+            raise InputError(f"{path}, row {number}: an answer about image {image_id} is empty; mend or remove the row")
         question = f"{IMAGE}\n{question}"
         return Example(images[image_id], [[(question, chosen)], [(question, rejected)]])
 
@@ -209,6 +213,8 @@ def conversation(row, path, number, image_folder):
     if not said or who != ["human", "gpt"] * (len(who) // 2):
         raise InputError(f"{path}, row {number}: turns must alternate human, gpt; mend or remove the row")
     texts = [field(turn, "value", str, path, number) for turn in said]
+    if not all(text.strip() for text in texts[1::2]):
+        raise InputError(f"{path}, row {number}: a turn of gpt is empty, so nothing of it can be learnt; mend or remove the row")
     texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text for text in texts]
     image = os.path.join(image_folder, field(row, "image", str, path, number)) if row.get("image") else None
     marked = sum(IMAGE in text for text in texts)

@@ -118,6 +118,9 @@ def train(args):
     vision = base.trunk.config.vision
     dataset = PackedDataset(examples, base.tokenizer, base.preprocess, vision.num_patches, base.trunk.config.max_length,
                             always_image=True)      # every process runs the tower in every step, and projector and tower learn
+    if cut := dataset.cut_rows():
+        say(f"{cut:,} of {len(dataset):,} rows are longer than the model's {dataset.max_length} tokens: their answers are cut at "
+            "the end")
     rows = {run.output_dir: dataset for run in runs}
     if args.cache_features and not TRUNK & set(args.tune):
         kept = {}       # by what a block reads: its image source, and whether it attends to the row itself
@@ -274,6 +277,11 @@ def parse(argv=None):
     for name, value in (TINY if tiny else REAL)[recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name in ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+                 "save_steps", "logging_steps", "lora_r", "beta"):
+        for value in args.learning_rate if name == "learning_rate" else [getattr(args, name)]:
+            if value is not None and not value > 0:
+                raise InputError(f"--{name} {value:g}: must be above 0; leave it out for the default")
     beside = os.path.join(os.path.dirname(args.output_dir), "stage1")
     args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else "identity")
     if args.keep_correct is None:
@@ -283,12 +291,19 @@ def parse(argv=None):
         args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
     args.default_batch, args.default_micro = 128, 128 if tiny else 16 if args.cache_features and not TRUNK & set(args.tune) else 4
     needed = ("data_path",) if args.loss == "sft" else ("vg_path", "desc_data_path", "pope_data_path")
+    for name in ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path") if tiny else ():
+        if getattr(args, name):
+            raise InputError(f"--{name} is given and --model_name_or_path is not: then everything is the tiny world's own; name the "
+                             f"base, or leave --{name} out")
     for name in () if tiny else needed:
         if not getattr(args, name):
             raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) --loss {args.loss} needs "
                              + ", ".join(f"--{n}" for n in needed))
         if not os.path.exists(getattr(args, name)):
             raise InputError(f"--{name} {getattr(args, name)}: no such file or folder")
+    if not tiny and is_trained(args.model_name_or_path):
+        raise InputError(f"--model_name_or_path {args.model_name_or_path}: is no whole model, but what was trained of one; name "
+                         "its base here (and it with --init), or make both into a model with checkpoint.py")
     for path in args.plot:
         read_run(path)                                               # what cannot be drawn is said now
     if args.init != "identity" and not is_trained(args.init):
@@ -338,7 +353,12 @@ def main():
     if tiny and args.stage == 0:
         folders = [args.model_name_or_path]                          # the base that has just been made, or was there
     else:
-        train(args)
+        try:
+            train(args)
+        except torch.OutOfMemoryError as e:
+            raise InputError(f"{str(e).splitlines()[0]} Lower --per_device_train_batch_size (accumulation makes up for it); where "
+                             "the trunk is trained, --gradient_checkpointing, --offload or --deepspeed ds_zero3.json on more GPUs "
+                             "help too")
         folders = [run.output_dir for run in combinations(args)]
     world = os.path.join(os.path.dirname(args.output_dir), "world")
     say(f"done; look at it with: python eval_pope.py {' '.join(folders)}"

@@ -14,7 +14,7 @@ from PIL import Image
 from clip_vit import CLIP_MEAN
 from data import (BOS, EOS, IGNORE, IMAGE, IMAGE_ID, PAD, SYSTEM, ImageProcessor, InputError, PackedDataset, Tokenizer, check_images,
                   encode_conversation)
-from readers import DESCRIBE, image_paths, read_hadpo, read_json, read_llava, read_pope
+from readers import DESCRIBE, Example, image_paths, read_hadpo, read_json, read_llava, read_pope
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +132,12 @@ BAD = {  # what is wrong: (reader, {file: content}, what the message says beside
     "chosen is a text": ("hadpo", {"desc": changed(DESCRIPTIONS, "1", "chosen", value="c")}, "(row 1|image 1).*chosen"),
     "chosen holds a number": ("hadpo", {"desc": changed(DESCRIPTIONS, "1", "chosen", value=[5])}, "(row 1|image 1).*chosen"),
     "nothing rejected": ("hadpo", {"desc": changed(DESCRIPTIONS, "1", "rejected", value=[])}, "image 1.*rejected"),
+    "chosen is empty": ("hadpo", {"pairs": changed(PAIRS, 2, "chosen", value=" ")}, "row 2.*empty"),
+    "rejected is empty": ("hadpo", {"desc": changed(DESCRIPTIONS, "1", "rejected", value=["\n"])}, "row 1.*image 1 is empty"),
     "index without url": ("hadpo", {"index": changed(INDEX, 1, "url", value=None)}, "row 1.*url"),
     "turns do not alternate": ("llava", {"talk": changed(TALK, 0, "conversations", 2, "from", value="gpt")}, "row 0.*alternate"),
     "turn is a text": ("llava", {"talk": changed(TALK, 1, "conversations", value=["Hi.", "Hello."])}, "row 1"),
+    "nothing is answered": ("llava", {"talk": changed(TALK, 0, "conversations", 3, "value", value="")}, "row 0.*empty"),
     "value is a number": ("llava", {"talk": changed(TALK, 0, "conversations", 1, "value", value=4)}, "row 0.*value"),
     "no conversations": ("llava", {"talk": changed(TALK, 1, "conversations", value=None)}, "row 1.*conversations"),
     "image is a number": ("llava", {"talk": changed(TALK, 0, "image", value=4)}, "row 0.*image"),
@@ -180,6 +183,34 @@ def test_images_are_checked_before_training(tmp_path):
     message = str(error.value)
     assert message.startswith("13 images ")                                      # each of them once
     assert foreign in message and all(path in message for path in absent[:9]) and absent[9] not in message
+
+
+def test_images_cut_short_are_found(tmp_path):
+    """A download that broke off behind its header, an empty file, a folder of that name: all named, before any training."""
+    for suffix in ("jpg", "png", "gif", "webp"):
+        photo(90, 70).save(tmp_path / f"whole.{suffix}")
+        content = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(content[:len(content) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    os.mkdir(tmp_path / "folder.jpg")
+    check_images([str(path) for path in tmp_path.glob("whole.*")])
+    bad = [str(path) for path in tmp_path.iterdir() if not path.name.startswith("whole")]
+    with pytest.raises(InputError, match="^6 images") as error:
+        check_images([*bad, str(tmp_path / "whole.jpg")])
+    assert all(path in str(error.value) for path in bad) and "whole" not in str(error.value)
+
+
+def test_rows_that_are_too_long_are_counted_before_training(tokenizer):
+    """Answers that will be cut at their end, whatever their place; and a prompt, which is never cut, is an error."""
+    ask = lambda words, answer: Example("a.jpg", [[(f"{IMAGE}\n" + "Is there a cup? " * words, "Yes. " * answer)]])
+    short = [ask(1, 1 + n % 3) for n in range(300)]
+    dataset = lambda examples: PackedDataset(examples, tokenizer, None, 9, 256)
+    assert dataset(short).cut_rows() == 0
+    mixed = short[:50] + [ask(1, 200)] + short[50:] + [ask(2, 150)]
+    assert dataset(mixed).cut_rows() == 2 == sum(dataset(mixed).row(i).cut > 0 for i in range(302))
+    assert dataset([ask(1, 200)] * 150).cut_rows() == 150                        # nothing fits
+    with pytest.raises(InputError, match="does not fit into 256 .*a.jpg.*never cut"):
+        dataset(short + [ask(90, 1)]).cut_rows()
 
 
 def test_answers_without_words_are_an_error(tokenizer):

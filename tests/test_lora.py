@@ -186,7 +186,7 @@ def test_block_and_lm_head_beside_it(world, tmp_path, monkeypatch, in_this_proce
     assert (said[0] - plain).abs().max() > 1e-2
 
 
-def test_combinations_that_cannot_be():
+def test_combinations_that_cannot_be(world):
     for flags, said in (("--stage 1 --lora_r 8", "--stage 1"), ("--stage 2 --tune lora", "--stage 2"), ("--tune lora,llama", "beside lora"),
                         ("--tune post_decoder --lora_r 8", "does not name lora"), ("--tune lm_head --block full", "add post_decoder"),
                         ("--tune post_decoder --block head", "nothing to train"), ("--loss ipo --label_smoothing 0.1", "--label_smoothing")):
@@ -194,8 +194,7 @@ def test_combinations_that_cannot_be():
             train.parse(flags.split())
     args = train.parse(["--lora_r", "8"])
     assert (args.tune, args.block, args.loss, args.lora_alpha, args.lora_dropout) == (("lora",), ["head"], "dpo", 256, 0.05)
-    real = [f"--{name}={ROOT}" for name in ("model_name_or_path", "vg_path", "desc_data_path", "pope_data_path")]
-    assert train.parse(["--lora_r", "8", *real]).learning_rate == [2e-6]
+    assert train.parse(["--lora_r", "8", *dpo_flags(world)]).learning_rate == [2e-6]
     assert train.parse(["--lora_r", "8", "--block", "full"]).tune == ("post_decoder", "lora")
     assert train.parse(["--tune", "lora"]).lora_r == 128
 

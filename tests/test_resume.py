@@ -21,9 +21,10 @@ import torch
 from conftest import ROOT, dpo_flags, free_port, largest_difference, run_many, run_train, shell
 
 import loop
+import train
 from data import ResumableSampler
 from loop import check_loss
-from readers import InputError
+from readers import Example, InputError
 from resume import cut_log
 
 STEPS = 8
@@ -333,11 +334,30 @@ def test_a_bad_row_stops_before_it_spoils_the_weights(world, files, tmp_path, in
         run_train(*flags)
     print(error.value)
     assert "the loss is nan at step 5" in str(error.value) and "step-4 is the last good state" in str(error.value)
-    assert f"from examples {', '.join(map(str, bad))} of the data" in str(error.value)
+    said = re.search("from examples (.*) of the data", str(error.value))[1]
+    assert [int(n) for n in re.findall(r"(\d+) \(\d+.jpg\)", said)] == bad
     with open(f"{kept}/hidden.bin", "r+b") as file:
         file.write(sound)
     run_train(*flags, "--resume")
     assert result(tmp_path / "cut") == whole
+
+
+@pytest.mark.parametrize("kind", ("kept features", "ZeRO-1", "ZeRO-3, bf16, LoRA"))
+def test_a_bad_gradient_stops_before_it_is_saved(world, files, tmp_path, monkeypatch, in_this_process, kind):
+    """A finite loss whose gradient is no number, in the third step: the state before it is the last, and sound."""
+    set_trained, calls = train.set_trained, []
+
+    def spoilt(*args):
+        trained = set_trained(*args)
+        name = next(name for name in trained if "out_proj" in name or "lora_B" in name)
+        trained[name].register_hook(lambda g: g * math.nan if calls.append(name) or len(calls) > 4 else g)     # two calls a step
+        return trained
+
+    monkeypatch.setattr(train, "set_trained", spoilt)
+    flags = flags_of(world, files, kind, tmp_path / "cut", "--save_steps", 1, "--per_device_train_batch_size", 4)
+    with pytest.raises(InputError, match=r"the gradient is no number at step 3, from examples \d+ \(\d+.jpg\).*step-2 is the last good"):
+        run_train(*flags)
+    assert (tmp_path / "cut.run" / "latest").read_text() == "step-2"
 
 
 def test_a_loss_that_explodes(world, files, tmp_path, in_this_process):
@@ -348,15 +368,15 @@ def test_a_loss_that_explodes(world, files, tmp_path, in_this_process):
 def test_when_a_loss_explodes(in_this_process):
     """Over 20 times the mean of the last 20 steps, which counts as 1 at least; the first step has no past."""
     from collections import deque
-    seen = [([3, 1, 2], {"loss": torch.tensor(2.5)})]
+    seen, examples = [([3, 1, 2], {"loss": torch.tensor(2.5)})], [Example(f"VG/{n}7.jpg" if n else None, []) for n in range(4)]
     recent = deque(maxlen=20)
-    check_loss(1e6, recent, 1, seen, "nowhere")
+    check_loss(1e6, recent, 1, seen, "nowhere", examples)
     for loss in (0.001, 19.9, 0.5):
-        check_loss(loss, deque([0.001] * 20, maxlen=20), 2, seen, "nowhere")
-    check_loss(590., deque([30.] * 20, maxlen=20), 2, seen, "nowhere")
+        check_loss(loss, deque([0.001] * 20, maxlen=20), 2, seen, "nowhere", examples)
+    check_loss(590., deque([30.] * 20, maxlen=20), 2, seen, "nowhere", examples)
     for loss, before in ((20.5, 0.001), (610., 30.), (math.nan, 1.), (math.inf, 1.)):
-        with pytest.raises(InputError, match="from examples 3, 1, 2 of the data; the step was not taken: look"):
-            check_loss(loss, deque([before] * 20, maxlen=20), 2, seen, "nowhere")
+        with pytest.raises(InputError, match=r"from examples 3 \(37.jpg\), 1 \(17.jpg\), 2 \(27.jpg\) of the data; .* not kept: look"):
+            check_loss(loss, deque([before] * 20, maxlen=20), 2, seen, "nowhere", examples)
 
 
 def test_the_log_is_cut_back(tmp_path):

@@ -34,7 +34,7 @@ def random_rows(seed, count):
     rows = []
     for n in range(count):
         image = rng.choice((None, None, f"{n % 5}.jpg", f'a "{n % 3}" \\ {{é🙂.jpg'))
-        turns = [{"from": who, "value": text()} for _ in range(rng.randint(1, 3)) for who in ("human", "gpt")]
+        turns = [{"from": who, "value": text() + "."} for _ in range(rng.randint(1, 3)) for who in ("human", "gpt")]
         turns[0]["value"] = ("<image>\n" if image else "") + "What? " + turns[0]["value"]
         more = rng.choice(({}, [], {"a": [{"b": "}"}]}, None, -1.5e3, "\\"))
         row = {"id": text(), "image": image, "conversations": turns, "more": more}

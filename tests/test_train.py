@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, dpo_flags, largest_difference, load_json, preference_rows, run_many, run_train, shake, succeeds
+from safetensors.torch import save_file
 
 import features
 import train
@@ -26,9 +27,9 @@ from data import ImageProcessor, PackedDataset, ResumableSampler
 from features import keep_features
 from loop import cosine, deepspeed_config
 from model import Head
-from objective import Objective, set_trained
+from objective import Objective, reference_of, set_trained
 from post_decoder import VARIANTS
-from readers import InputError, read_hadpo, read_llava
+from readers import InputError, read_hadpo, read_llava, row_lengths
 from train import STAGES
 
 SOME = [5, 17, 2, 40, 41, 90, 146]       # rows of the preference data: question pairs, and (from 144 on) a description
@@ -379,7 +380,19 @@ def test_batch_arithmetic(tmp_path, content, micro, accumulation, processes, tot
     ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}, 8, None, 1, ("is 4", "8; remove one")),
     ({"train_batch_size": 8, "gradient_clipping": "auto"}, 8, None, 1, ("ds.json", "gradient_clipping", "auto")),
     ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 8, None, 1, ("zero_optimization.reduce_bucket_size",)),
-    ({"train_batch_size": "auto"}, 8, None, 1, ("train_batch_size", "auto"))))
+    ({"train_batch_size": "auto"}, 8, None, 1, ("train_batch_size", "auto")),
+    ({"optimizer": {"params": {"betas": [0.9, "auto"]}}}, 8, None, 1, ("optimizer.params.betas.1", "auto")),
+    ({"train_batch_size": 128, "gradient_accumulation_steps": 1}, 16, None, 1, ("128 ≠ 16 per device", "1 accumulation", "16 (accumulation 8)")),
+    ({"gradient_accumulation_steps": 2}, 8, 4, 1, ("ds.json", "gradient_accumulation_steps is 2", "4; remove one")),
+    ({"train_batch_size": "128"}, 8, None, 1, ("ds.json", "train_batch_size must be a whole number")),
+    ({"train_batch_size": 0}, None, None, 1, ("ds.json", "above 0")),
+    ([{"train_batch_size": 8}], 8, None, 1, ("ds.json", "holds a list")),
+    ({"zero_optimization": 3}, 8, None, 1, ("ds.json", "zero_optimization must be an object")),
+    ({"optimizer": {"type": "AdamW"}}, 8, None, 1, ("ds.json", "optimizer", "--learning_rate")),
+    ({"scheduler": {"type": "WarmupLR"}}, 8, None, 1, ("ds.json", "scheduler", "--warmup_ratio")),
+    ({"fp16": {"enabled": True}}, 8, None, 1, ("ds.json", "fp16", "--bf16")),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, 8, None, 1, ("ds.json", "offload_optimizer", "--offload")),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, 8, None, 1, ("ds.json", "offload_param", "--offload"))))
 def test_impossible_configurations_are_explained(tmp_path, content, micro, accumulation, processes, said):
     with pytest.raises(InputError) as error:
         configured(tmp_path, content, micro, accumulation, processes)
@@ -406,6 +419,9 @@ def test_offload_only_when_asked_for(tmp_path):
     for content, offload in (({"zero_optimization": {"stage": 2}}, True), ({"zero_optimization": {"stage": 2}}, False)):
         config = configured(tmp_path, content, 4, offload=offload)
         assert ("offload_optimizer" in config["zero_optimization"]) is offload and config["zero_force_ds_cpu_optimizer"] is False
+    copied = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "fp16": {"enabled": False}}
+    assert "offload_optimizer" in configured(tmp_path, copied, 4, offload=True)["zero_optimization"]
+    configured(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": None}}, 4)
     with pytest.raises(InputError, match="--offload needs ZeRO stage 1, 2 or 3"):
         configured(tmp_path, None, 4, offload=True)
 
@@ -511,6 +527,9 @@ def test_text_only_batches_under_zero3(world, tmp_path):
     run_many(1, tmp_path, [*flags, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "one"])
     losses = [[row["loss"] for row in logged(tmp_path, name)] for name in ("one", "two")]
     assert largest_difference("losses", *losses) < 1e-4
+    lengths = row_lengths(read_llava(str(data), world.images), 9)                # what the test is about did happen:
+    ranks = [[(lengths[ids] < 0).all() for ids in ResumableSampler(32, 4, 8, 2, rank, 2, 42, lengths=lengths)] for rank in (0, 1)]
+    assert any(a and not b or b and not a for a, b in zip(*ranks))               # text on one, images on the other
 
 
 def test_every_metric_is_logged(runs):
@@ -661,6 +680,63 @@ def test_a_sweep_over_the_trunk_starts_every_run_from_the_base(world, tmp_path, 
     first, second, alone = (open(f"{tmp_path}/{name}/model.safetensors", "rb").read()
                             for name in ("sweep-0.01", "sweep-0.001", "alone"))
     assert second == alone != first
+
+
+def test_flags_that_cannot_be(world, runs):
+    """Before anything is made or loaded: numbers that mean nothing, files without the model that they are for, no base at all."""
+    for flags, said in ((["--max_steps", "-1"], "--max_steps -1: must be above 0"), (["--num_train_epochs", "0"], "--num_train_epochs 0"),
+                        (["--learning_rate", "1e-6", "0"], "--learning_rate 0"), (["--logging_steps", "0"], "--logging_steps 0"),
+                        (["--save_steps", "-5"], "--save_steps -5"), (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
+                        (["--vg_path", world.vg], "--vg_path is given and --model_name_or_path is not.*tiny world"),
+                        (dpo_flags(world)[2:] + ["--model_name_or_path", "liuhaotian/llava-v1.5-7b"], "llava-v1.5-7b: no such folder"),
+                        (dpo_flags(world)[2:] + ["--model_name_or_path", str(runs / "one")], "one: is no whole model.*--init")):
+        with pytest.raises(InputError, match=said):
+            train.parse(flags)
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_a_trained_tensor_without_gradient_is_an_error(world, tmp_path, monkeypatch, in_this_process, stage):
+    """Nothing would train it, and nobody would notice: under every ZeRO stage it is named in the first step."""
+    set_trained = train.set_trained
+
+    def one_more(trunk, head, groups):
+        head.unused = torch.nn.Parameter(torch.ones(3))
+        return set_trained(trunk, head, groups) | {"unused": head.unused.requires_grad_(True)}
+
+    monkeypatch.setattr(train, "set_trained", one_more)
+    with pytest.raises(InputError, match=r"1 trained tensors get no gradient \(unused\)"):
+        run_train(*typed(world, tmp_path, "run", stage, "--per_device_train_batch_size", 8)[1:])
+
+
+def test_a_policy_that_is_not_its_reference_at_the_start(world, tmp_path, monkeypatch, in_this_process):
+    """Then the loss is not ln 2, and what is learnt is measured against something else: the run ends in its first step."""
+    def other_reference(head):
+        other = reference_of(head)
+        other.lm_head = torch.nn.Linear(head.lm_head.in_features, head.lm_head.out_features, bias=False)
+        return other
+
+    monkeypatch.setattr("objective.reference_of", other_reference)
+    with pytest.raises(RuntimeError, match="policy and reference differ before the first step"):
+        run_train(*typed(world, tmp_path, "run", 0, "--per_device_train_batch_size", 8)[1:])
+
+
+@pytest.mark.parametrize("damage", ("a key is lost", "zeros", "one number"))
+@pytest.mark.parametrize("stage", (0, 2))
+def test_a_save_that_went_wrong_is_found(world, tmp_path, monkeypatch, in_this_process, stage, damage):
+    """The written file is opened again, whether it is what was trained or a whole model; what was there before stays."""
+    def damaged(tensors, path, metadata):
+        name = max(tensors, key=lambda k: tensors[k].numel())
+        wrong = {k: t for k, t in tensors.items() if k != name}
+        if damage != "a key is lost":
+            wrong[name] = torch.zeros_like(tensors[name]) if damage == "zeros" else tensors[name].clone()
+            wrong[name].view(-1)[7] += 1
+        save_file(wrong, path, metadata)
+
+    monkeypatch.setattr("checkpoint.save_file", damaged)
+    flags = llava_flags(world) if stage == 0 else ["--keep_correct", "--init", "identity", *dpo_flags(world)]
+    with pytest.raises(RuntimeError, match="safetensors: what was written is not"):
+        run_train("--stage", stage, "--max_steps", 1, "--output_dir", tmp_path / "run", *flags)
+    assert not os.path.exists(tmp_path / "run")
 
 
 def test_sweeps_that_cannot_be(world):
