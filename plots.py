@@ -250,10 +250,12 @@ def variant(folder):
     """A checkpoint's folder → name of its block's variant (--init may have brought another than --block says), learning rate."""
     path = os.path.join(folder, "config.json")
     config = read_json(path, dict)
-    rate = field(field(config, "arguments", dict, path, 0), "learning_rate", (int, float), path, 0)
+    arguments = field(config, "arguments", dict, path, 0)
+    rate = field(arguments, "learning_rate", (int, float), path, 0)
     parts, whole = ("attention", "align", "image_source"), config.get("block")
     names = {tuple((vars(BlockConfig()) | changes)[p] for p in parts): name for name, changes in VARIANTS.items()}
-    return names.get(tuple(whole.get(p) for p in parts), "another block") if whole else "head", float(rate)
+    without = "LoRA" if "lora" in arguments.get("tune", ()) else "head"
+    return names.get(tuple(whole.get(p) for p in parts), "another block") if whole else without, float(rate)
 
 
 def labels_yes(numbers):

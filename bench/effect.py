@@ -21,7 +21,7 @@ import shapes
 from data import PackedDataset
 from eval_pope import load_all
 from model import answer
-from readers import DESCRIBE, Example
+from readers import DESCRIBE, IMAGE, Example
 
 RUNS = {  # folder: (what the table calls it, flags of train.py); stage1 first, the others start from its world and base
     "stage1": ("stage 1", "--stage 1"),
@@ -40,15 +40,11 @@ def run(*command):
     subprocess.run([sys.executable, *command], check=True, cwd=HERE)
 
 
-def one_seed(root, seed, validation):
-    """Train and ask everything of one seed → {split: {folder: numbers}}, the share of well-formed answers added."""
-    folders = [os.path.join(root, name) for name in RUNS]
-    for folder, (_, flags) in zip(folders, RUNS.values()):
-        if not os.path.isdir(folder):
-            run("train.py", *flags.split(), "--no-bf16", "--seed", str(seed), "--output_dir", folder)
-    world, asked = os.path.join(root, "world", "val" if validation else "."), os.path.join(root, "validation" if validation else "pope")
+def ask(folders, root, validation, asked, max_new_tokens=40):
+    """POPE's numbers of checkpoints of one base → {split: {model: numbers}}, the share of well-formed answers added."""
+    world = os.path.join(root, "world", "val" if validation else ".")
     run("eval_pope.py", *folders, "--no-bf16", "--coco_path", os.path.join(world, "coco"), "--pope_path", os.path.join(world, "pope"),
-        "--output_dir", asked, "--max_new_tokens", "40")
+        "--output_dir", asked, "--max_new_tokens", str(max_new_tokens))
     with open(os.path.join(asked, "metrics.json")) as file:
         metrics = json.load(file)["metrics"]
     for split, models in metrics.items():
@@ -57,6 +53,15 @@ def one_seed(root, seed, validation):
                 answers = [json.loads(line) for line in file]
             row["well_formed"] = 100 * np.mean([shapes.well_formed(a["question"], a["answer"]) for a in answers])
     return metrics
+
+
+def one_seed(root, seed, validation):
+    """Train and ask everything of one seed → {split: {folder: numbers}}."""
+    folders = [os.path.join(root, name) for name in RUNS]
+    for folder, (_, flags) in zip(folders, RUNS.values()):
+        if not os.path.isdir(folder):
+            run("train.py", *flags.split(), "--no-bf16", "--seed", str(seed), "--output_dir", folder)
+    return ask(folders, root, validation, os.path.join(root, "validation" if validation else "pope"))
 
 
 def descriptions(root, validation):

@@ -1,0 +1,91 @@
+"""The notes' tables are made again at tiny size: every run has its row, and its numbers are those of its own answers."""
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_json, succeeds
+
+sys.path.insert(0, os.path.join(ROOT, "bench"))
+
+import tables
+from eval_pope import COLUMNS as TITLES
+from eval_pope import read_pope, says_yes
+from plots import read_sweep
+from post_decoder import VARIANTS
+
+QUICK = ["--validation", "--max_steps", 2, "--learning_rate"]
+
+
+@pytest.fixture
+def seed(world, tmp_path):
+    """A folder for tables.py with one seed's world, its base and preference data in it."""
+    folder = tmp_path / "seed42"
+    folder.mkdir()
+    for name, path in (("world", world.folder), ("base", world.base)):
+        (folder / name).symlink_to(path)
+    return folder
+
+
+def rows_of(path):
+    """{split: {(trained, learning rate): [the cells behind]}}"""
+    found, split = {}, None
+    for line in path.read_text().splitlines()[1:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and cells[0] != "trained":
+            found[split][cells[0], cells[1]] = cells[2:]
+        elif line and not line.startswith("|"):
+            found[split := line] = {}
+    return found
+
+
+def check(rows, seed, asked, model, key):
+    """A row's accuracy, counted anew from the answers of `model` in the folder `asked`; returns the answers of a split."""
+    for split, cells in rows.items():
+        labels = {(q["image"], q["text"]): q["label"] == "yes" for q in read_pope(str(seed / "world" / "val" / "pope"), split)}
+        with open(seed / asked / f"{model}_{split}.jsonl") as file:
+            said = [json.loads(line) for line in file]
+        right = np.mean([says_yes(row["answer"]) == labels[row["image"], row["question"]] for row in said])
+        assert cells[key][0] == f"{100 * right:.1f} ± 0.0" and len(cells[key]) == 7
+    return said
+
+
+def test_variants(seed):
+    said = succeeds("python", "bench/tables.py", "variants", "--seeds", 42, "--output_dir", seed.parent, *QUICK, 1e-3, 0.3)
+    rows = rows_of(seed.parent / "variants-validation.md")
+    assert list(rows) == ["random", "popular", "adversarial"] and "variants-validation.svg" in said.splitlines()[-1]
+    names = ["head", *(tables.NOTES[name] for name in VARIANTS)]
+    expected = {(name, rate) for name in names for rate in ("0.001", "0.3")}
+    for cells in rows.values():
+        assert cells.keys() == expected | {("base", "–"), ("base with its best single threshold (control)", "–")}
+    check(rows, seed, "validation-variants", "base", ("base", "–"))
+    for block in VARIANTS:
+        check(rows, seed, "validation-variants", f"variants-{block}-0.3", (tables.NOTES[block], "0.3"))
+    last = check(rows, seed, "validation-variants", "variants-head-0.3", ("head", "0.3"))
+    assert last != check(rows, seed, "validation-variants", "variants-head-0.001", ("head", "0.001"))
+    trained = {name: load_json(seed / f"variants-{name}-0.3" / "config.json")["arguments"] for name in ("head", *VARIANTS)}
+    assert all(a["tune"] == (["lm_head"] if name == "head" else ["post_decoder"]) for name, a in trained.items())
+    assert all(a["sft_weight"] == 0 and a["keep_correct"] is False for a in trained.values())
+    sweep = read_sweep([str(seed / "validation-variants" / "metrics.json")])["random"]
+    assert {name for name, _, _ in sweep} == {None, "head", *VARIANTS}
+
+
+def test_adapters_are_asked_alone(seed):
+    succeeds("python", "bench/tables.py", "lora", "--seeds", 42, "--output_dir", seed.parent, *QUICK, 0.1)
+    rows = rows_of(seed.parent / "lora-validation.md")
+    assert all(cells.keys() == {("base", "–"), ("base with its best single threshold (control)", "–"), ("LoRA r 16", "0.1")}
+               for cells in rows.values())
+    base = check(rows, seed, "validation-lora/0", "base", ("base", "–"))
+    assert base != check(rows, seed, "validation-lora/1", "adapter", ("LoRA r 16", "0.1"))
+    sweep = read_sweep([str(seed / "validation-lora" / n / "metrics.json") for n in "01"])["random"]
+    assert [(name, rate) for name, rate, _ in sweep[1:]] == [("LoRA", 0.1)] and sweep[0][0] is None
+
+
+def test_mean_and_half_the_range():
+    def numbers(x):
+        return {c: float(x) for c in tables.COLUMNS}
+
+    text = tables.markdown([{"random": {"base": numbers(60), ("head", 1e-3): numbers(a)}} for a in (70, 71, 75)])
+    assert f"| head | 0.001 |{' 72.0 ± 2.5 |' * 7}" in text and "| base | – |" + " 60.0 ± 0.0 |" * 7 in text
+    assert TITLES["f1"] in text and "control" in text
