@@ -24,6 +24,7 @@ from post_decoder import VARIANTS, BlockConfig
 from readers import InputError, field, read_json, run_program
 
 BINS = 200                # points of a line at most
+COLOURS = 7               # of lines; then they begin anew
 LEANS = 10                # points between yes-ratio and the labels' from which a model leans to one answer, as in eval_pope.py
 TRAINING = (  # title, metrics of metrics.jsonl (the second one dashed), logarithmic
     ("loss", ("loss",), False), ("reward margin", ("rewards/margin",), False), ("reward accuracy", ("rewards/accuracy",), False),
@@ -33,9 +34,11 @@ TRAINING = (  # title, metrics of metrics.jsonl (the second one dashed), logarit
 # hues). Line 0 is grey: the base.
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2126; --soft: #5d6670; --faint: #d9dee3;
-  --c0: #7a838c; --c1: #0068a8; --c2: #c8550b; --c3: #00805f; --c4: #a04f83; --c5: #a67800; --c6: #3b8fc4; }
+  --c0: #7a838c; --c1: #0068a8; --c2: #c8550b; --c3: #00805f; --c4: #a04f83; --c5: #a67800; --c6: #3b8fc4;
+  --c7: #1d2126; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e4e7ea; --soft: #9aa4ae; --faint: #343a41;
-  --c0: #939ca5; --c1: #58b0ea; --c2: #f08a45; --c3: #2fc79c; --c4: #d98fbd; --c5: #dfb13f; --c6: #9bd0f2; } }
+  --c0: #939ca5; --c1: #58b0ea; --c2: #f08a45; --c3: #2fc79c; --c4: #d98fbd; --c5: #dfb13f; --c6: #9bd0f2;
+  --c7: #e4e7ea; } }
 svg.chart { font: 11px system-ui, sans-serif; fill: var(--ink); }
 svg.chart .title { font-weight: 600; font-size: 12px; }
 svg.chart .soft { fill: var(--soft); }
@@ -83,8 +86,8 @@ def ticks(low, high, log=False):
 
 def number(value):
     """As short as a person would type it: 5e-7, 0.25, 1500."""
-    mantissa, _, exponent = f"{value:.6g}".replace("-0.", "−0.").partition("e")
-    return mantissa.replace("-", "−") + (f"e{int(exponent)}" if exponent else "")
+    mantissa, _, exponent = (f"{value:.5e}" if 0 < abs(value) < 1e-3 else f"{value:.6g}").partition("e")
+    return f"{float(mantissa):g}".replace("-", "−") + (f"e{int(exponent)}" if exponent else "")
 
 
 def span(values, log):
@@ -214,10 +217,10 @@ def draw_training(paths):
             for k, metric in enumerate(metrics):
                 if metric in run:
                     steps, mean, low, high = binned(run["step"], run[metric])
-                    lines.append(Line(steps, mean, 1 + n % 6, k == 1, (low, high)))
+                    lines.append(Line(steps, mean, 1 + n % COLOURS, k == 1, (low, high)))
         if lines:
             panels.append(panel(title, lines, "step", log_y=log and any(y > 0 for line in lines for y in line.band[0])))
-    return sheet(panels, {name: 1 + n % 6 for n, name in enumerate(short_names(paths))})
+    return sheet(panels, {name: 1 + n % COLOURS for n, name in enumerate(short_names(paths))})
 
 
 def short_names(paths):
@@ -273,7 +276,7 @@ def draw_sweep(paths):
     variants = list(dict.fromkeys(name for rows in splits.values() for name, _, _ in rows if name))
     if not variants:
         raise InputError(f"{paths[0]}: knows no trained checkpoint, so there is no learning rate to draw against")
-    colours = {name: 1 + n % 6 for n, name in enumerate(variants)}
+    colours = {name: 1 + n % COLOURS for n, name in enumerate(variants)}
     panels = []
     for metric in ("accuracy", "yes_ratio"):
         for split, rows in splits.items():

@@ -28,10 +28,10 @@ PUBLISHED = "--no-keep_correct --sft_weight 0 --num_train_epochs 1"
 TABLES = {  # table: {beginning of the runs' folders: flags of train.py}; a command of train.py each
     "variants": {
         "variants": f"--stage 1 {PUBLISHED} --block full,align_linear,align_after_align,self_attn,no_cross_attn,no_cross_attn_v2 "
-                    "--learning_rate 3e-5 1e-4 3e-4 1e-3 3e-3",
-        "variants-head": f"--tune lm_head {PUBLISHED} --learning_rate 3e-5 1e-4 3e-4 1e-3 3e-3"},
-    "lora": {"lora": f"--lora_r 16 --lora_alpha 32 {PUBLISHED} --learning_rate 3e-5 1e-4 3e-4 1e-3 3e-3"},
-    "sft": {"sft": "--tune post_decoder --loss sft --num_train_epochs 1 --learning_rate 3e-5 1e-4 3e-4 1e-3 3e-3"}}
+                    "--learning_rate 2e-5 5e-5 1e-4 2e-4 1e-3",
+        "variants-head": f"--tune lm_head {PUBLISHED} --learning_rate 2e-5 5e-5 1e-4 2e-4 1e-3"},
+    "lora": {"lora": f"--lora_r 16 --lora_alpha 32 {PUBLISHED} --learning_rate 2e-5 5e-5 1e-4 2e-4"},
+    "sft": {"sft": "--tune post_decoder --loss sft --num_train_epochs 1 --learning_rate 5e-5 2e-4 5e-4 5e-3"}}
 NOTES = {"full": "post interaction", "align_linear": "align MLP → linear", "align_after_align": "MLP after MLP",
          "self_attn": "TransformerBlock", "no_cross_attn": "no cross-attention", "no_cross_attn_v2": "no cross-attention v2"}
 
@@ -49,7 +49,7 @@ def one_seed(table, root, seed, validation, more):
     folders = [os.path.join(asked, str(n)) for n in range(len(groups))] if lora else [asked]
     found = defaultdict(dict)
     for group, folder in zip(groups, folders):
-        for split, models in ask(group, root, validation, folder).items():
+        for split, models in ask(group, root, validation, folder, 12).items():
             for model, numbers in models.items():
                 of = runs.get(group[0] if model == "adapter" else os.path.join(root, model))
                 found[split]["base" if of is None else (called(of), of.learning_rate)] = numbers

@@ -46,7 +46,7 @@ def test_ticks(low, high, log, expected):
 
 
 def test_numbers_as_they_are_typed():
-    assert [number(x) for x in (5e-7, 0.25, 1500., -3., 1e-5, -2.5e-6)] == ["5e-7", "0.25", "1500", "−3", "1e-5", "−2.5e-6"]
+    assert [number(x) for x in (5e-7, 0.25, 1500., -3., 2e-4, -2.5e-6, 0.)] == ["5e-7", "0.25", "1500", "−3", "2e-4", "−2.5e-6", "0"]
 
 
 @pytest.mark.parametrize("log", [False, True])

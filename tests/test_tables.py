@@ -2,25 +2,46 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_json, succeeds
+import torch.distributed as dist
+from conftest import ROOT, load_json
 
 sys.path.insert(0, os.path.join(ROOT, "bench"))
 
+import effect
+import eval_pope
 import tables
-from eval_pope import COLUMNS as TITLES
+import train
 from eval_pope import read_pope, says_yes
 from plots import read_sweep
 from post_decoder import VARIANTS
 
-QUICK = ["--validation", "--max_steps", 2, "--learning_rate"]
+QUICK = ["--seeds", "42", "--validation", "--max_steps", "2", "--learning_rate"]
+
+
+class InTurn(nullcontext):
+    """For a pool of threads: in the main one, the only one that may listen for Ctrl-C."""
+    def __enter__(self):
+        return self
+
+    map = staticmethod(map)
 
 
 @pytest.fixture
-def seed(world, tmp_path):
-    """A folder for tables.py with one seed's world, its base and preference data in it."""
+def seed(world, tmp_path, in_this_process, monkeypatch):
+    """A folder for tables.py with one seed's world, its base and preference data in it; what it runs, runs in this process."""
+    def run(program, *flags):
+        monkeypatch.setattr(sys, "argv", [program, *flags])
+        {"train.py": train, "eval_pope.py": eval_pope}[program].main()
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(tables, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(effect, "run", run)
+    monkeypatch.setattr(tables, "run", run)
     folder = tmp_path / "seed42"
     folder.mkdir()
     for name, path in (("world", world.folder), ("base", world.base)):
@@ -51,8 +72,9 @@ def check(rows, seed, asked, model, key):
     return said
 
 
-def test_variants(seed):
-    said = succeeds("python", "bench/tables.py", "variants", "--seeds", 42, "--output_dir", seed.parent, *QUICK, 1e-3, 0.3)
+def test_variants(seed, capsys):
+    tables.main(["variants", "--output_dir", str(seed.parent), *QUICK, "1e-3", "0.3"])
+    said = capsys.readouterr().out
     rows = rows_of(seed.parent / "variants-validation.md")
     assert list(rows) == ["random", "popular", "adversarial"] and "variants-validation.svg" in said.splitlines()[-1]
     names = ["head", *(tables.NOTES[name] for name in VARIANTS)]
@@ -72,7 +94,7 @@ def test_variants(seed):
 
 
 def test_adapters_are_asked_alone(seed):
-    succeeds("python", "bench/tables.py", "lora", "--seeds", 42, "--output_dir", seed.parent, *QUICK, 0.1)
+    tables.main(["lora", "--output_dir", str(seed.parent), *QUICK, "0.1"])
     rows = rows_of(seed.parent / "lora-validation.md")
     assert all(cells.keys() == {("base", "–"), ("base with its best single threshold (control)", "–"), ("LoRA r 16", "0.1")}
                for cells in rows.values())
@@ -88,4 +110,4 @@ def test_mean_and_half_the_range():
 
     text = tables.markdown([{"random": {"base": numbers(60), ("head", 1e-3): numbers(a)}} for a in (70, 71, 75)])
     assert f"| head | 0.001 |{' 72.0 ± 2.5 |' * 7}" in text and "| base | – |" + " 60.0 ± 0.0 |" * 7 in text
-    assert TITLES["f1"] in text and "control" in text
+    assert eval_pope.COLUMNS["f1"] in text and "control" in text
