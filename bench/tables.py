@@ -69,7 +69,8 @@ def markdown(results):
     titles = TITLES | {"well_formed": "well-formed"}
     columns, lines = [c for c in COLUMNS if c != "best_threshold"], []
     for split in results[0]:
-        lines += [f"\n{split}\n", f"| trained | learning rate | {' | '.join(titles[c] for c in columns)} |", "|---" * (len(columns) + 2) + "|"]
+        lines += [f"\n{split}\n", f"| trained | learning rate | {' | '.join(titles[c] for c in columns)} |",
+                  "|---" * (len(columns) + 2) + "|"]
         for key in results[0][split]:
             trained, rate = ("base", "–") if key == "base" else (key[0], f"{key[1]:g}")
             lines.append(f"| {trained} | {rate} | " + " | ".join(spread([r[split][key][c] for r in results]) for c in columns) + " |")
