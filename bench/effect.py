@@ -43,8 +43,8 @@ def run(*command):
 def ask(folders, root, validation, asked, max_new_tokens=40):
     """POPE's numbers of checkpoints of one base → {split: {model: numbers}}, the share of well-formed answers added."""
     world = os.path.join(root, "world", "val" if validation else ".")
-    run("eval_pope.py", *folders, "--no-bf16", "--coco_path", os.path.join(world, "coco"), "--pope_path", os.path.join(world, "pope"),
-        "--output_dir", asked, "--max_new_tokens", str(max_new_tokens))
+    run("eval_pope.py", *folders, "--no-bf16", "--coco_path", os.path.join(world, "coco"),
+        "--pope_path", os.path.join(world, "pope"), "--output_dir", asked, "--max_new_tokens", str(max_new_tokens))
     with open(os.path.join(asked, "metrics.json")) as file:
         metrics = json.load(file)["metrics"]
     for split, models in metrics.items():

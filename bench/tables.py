@@ -73,7 +73,8 @@ def markdown(results):
                   "|---" * (len(columns) + 2) + "|"]
         for key in results[0][split]:
             trained, rate = ("base", "–") if key == "base" else (key[0], f"{key[1]:g}")
-            lines.append(f"| {trained} | {rate} | " + " | ".join(spread([r[split][key][c] for r in results]) for c in columns) + " |")
+            cells = [trained, rate, *(spread([r[split][key][c] for r in results]) for c in columns)]
+            lines.append(f"| {' | '.join(cells)} |")
             if key == "base":
                 best = spread([r[split][key]["best_threshold"] for r in results])
                 lines.append(f"| base with its best single threshold (control) | – | {best}" + " |" * len(columns))
@@ -92,7 +93,8 @@ def main(argv=None):
     os.chdir(HERE)
     roots = [os.path.join(output_dir, f"seed{seed}") for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results, files = zip(*pool.map(lambda root, seed: one_seed(args.table, root, seed, args.validation, more), roots, args.seeds))
+        done = pool.map(lambda root, seed: one_seed(args.table, root, seed, args.validation, more), roots, args.seeds)
+        results, files = zip(*done)
     images = "validation" if args.validation else "evaluation"
     text = f"{args.table}, {images} images, seeds {', '.join(map(str, args.seeds))}\n" + markdown(results)
     written = [os.path.join(output_dir, f"{args.table}{'-validation' * args.validation}.{kind}") for kind in ("md", "svg")]

@@ -79,7 +79,8 @@ def test_variants(seed, capsys):
     assert list(rows) == ["random", "popular", "adversarial"] and "variants-validation.svg" in said.splitlines()[-1]
     names = ["head", *(tables.NOTES[name] for name in VARIANTS)]
     for cells in rows.values():
-        assert cells.keys() == {(name, "0.3") for name in names} | {("base", "–"), ("base with its best single threshold (control)", "–")}
+        rows_above = {("base", "–"), ("base with its best single threshold (control)", "–")}
+        assert cells.keys() == {(name, "0.3") for name in names} | rows_above
     base = check(rows, seed, "validation-variants", "base", ("base", "–"))
     for name, called in {"head": "head", **tables.NOTES}.items():
         assert base != check(rows, seed, "validation-variants", f"variants-{name}", (called, "0.3"))
