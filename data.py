@@ -283,8 +283,11 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def row(self, i):
         example = self.examples[i]
-        sequences = [encode_conversation(self.tokenizer, c, self.system) for c in example.conversations]
-        return pack(sequences, self.num_patches, self.max_length, example.image)
+        try:
+            sequences = [encode_conversation(self.tokenizer, c, self.system) for c in example.conversations]
+            return pack(sequences, self.num_patches, self.max_length, example.image)
+        except InputError as e:
+            raise InputError(f"example {i} of the data: {e}")
 
     def lengths(self):
         """About how many tokens each row has, negative without an image, (n,)."""

@@ -53,5 +53,9 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def mean_nll(logps, mask):
-    """Mean negative log-likelihood of each row's tokens where mask is true, nats per token. logps, mask (B, A) → (B,)."""
+    """Mean negative log-likelihood of each row's tokens where mask is true, nats per token. logps, mask (B, A) → (B,).
+
+    Of the chosen answer, -log pi(y_w|x) / |y_w|, and added to a preference loss with a weight: Iterative RPO's NLL term,
+    arXiv 2404.19733, eq. 1 (there the weight stands at the other term).
+    """
     return -(logps * mask).sum(1) / mask.sum(1).clamp(min=1)

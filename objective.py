@@ -67,7 +67,7 @@ class Objective(nn.Module):
         losses, chosen_rewards, rejected_rewards = dpo_loss(*policy.unbind(1), *reference.unbind(1), self.beta, self.loss,
                                                             self.label_smoothing)
         nll = mean_nll(logps, batch.target_branch == CHOSEN).mean()
-        loss = losses.mean() + self.sft_weight * nll if self.sft_weight else losses.mean()
+        loss = losses.mean() + self.sft_weight * nll if self.sft_weight else losses.mean()          # Iterative RPO, eq. 1
         values = (loss, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
                   (chosen_rewards > rejected_rewards).float(), *policy.unbind(1), *reference.unbind(1), nll)
         return loss, {name: value.detach().mean() for name, value in zip(MONITORED, values)}

@@ -57,7 +57,9 @@ class Interruptions:
 
 def resume_command(world_size):
     typed = [a for a in sys.argv if not a.startswith("--local_rank") and a != "--resume"] + ["--resume"]
-    return (f"deepspeed --num_gpus {world_size} " if world_size > 1 else "python ") + shlex.join(typed)
+    several = int(os.environ.get("CROSS_SIZE", 1)) > 1              # machines, which DeepSpeed's launcher counts so
+    launcher = "python" if world_size == 1 else "deepspeed --hostfile …" if several else f"deepspeed --num_gpus {world_size}"
+    return f"{launcher} {shlex.join(typed)}"
 
 
 def what_determines(args, facts):
@@ -124,6 +126,8 @@ def begin(args, facts):
         for rest in glob.glob(os.path.join(folder, "step-*.*")):        # .partial, .gone
             shutil.rmtree(rest)
     dist.barrier()
+    if not os.path.isfile(path):
+        raise InputError(f"{folder}: is not on a disk that all machines share; name an --output_dir that is")
     return state if args.resume else None
 
 

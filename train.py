@@ -291,7 +291,7 @@ def parse(argv=None):
         args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
     args.default_batch, args.default_micro = 128, 128 if tiny else 16 if args.cache_features and not TRUNK & set(args.tune) else 4
     needed = ("data_path",) if args.loss == "sft" else ("vg_path", "desc_data_path", "pope_data_path")
-    for name in ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path") if tiny else ():
+    for name in ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder") if tiny else ():
         if getattr(args, name):
             raise InputError(f"--{name} is given and --model_name_or_path is not: then everything is the tiny world's own; name the "
                              f"base, or leave --{name} out")

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""        # the suite proves numbers in fp32 on the CPU, wherever it runs
@@ -156,11 +157,63 @@ def run_train(*flags):
     return args
 
 
-def run_many(processes, folder, *commands):
-    """Several command lines of train.py, one after the other in one start of so many processes: starting takes longest."""
-    script = folder / "many.py"
-    script.write_text(f"import json, sys\nsys.path.insert(0, {ROOT!r})\nimport train\nfrom readers import run_program\n"
-                      "def main():\n    for flags in json.load(open(sys.argv[1])):\n        train.train(train.parse(flags))\n"
-                      "run_program(main)\n")
-    (folder / "many.json").write_text(json.dumps([[str(flag) for flag in flags] for flags in commands]))
-    return succeeds("torchrun", "--nproc_per_node", processes, script, folder / "many.json")
+WAITING = """
+import json, sys, train
+for line in sys.stdin:
+    sys.argv, code = ["train.py", *json.loads(line)], 0
+    try:
+        train.train(train.parse())
+    except train.InputError as e:
+        print("error:", e)
+        code = 1
+    except SystemExit as e:
+        code = e.code
+    print(f"\\nexit {code}", flush=True)
+"""
+
+
+class TwoProcesses:
+    """Two processes that run one command line of train.py after the other, because to start them takes longest: `two(*flags)`."""
+
+    def __init__(self):
+        self.processes = []
+
+    def begin(self, *flags):
+        """Let both begin a run; new ones, where one has ended over the run before."""
+        if not self.processes or any(process.poll() is not None for process in self.processes):
+            self.kill()
+            shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+            self.processes = [subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+                                               text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                              for rank in ("0", "1")]
+        for process in self.processes:
+            print(json.dumps([str(flag) for flag in flags]), file=process.stdin, flush=True)
+
+    def end(self):
+        """Wait for both → (how it ended: "exit 0", and "" where the process itself has; what it said) of each."""
+        clock, ends = threading.Timer(200, self.kill), []
+        clock.start()
+        for process in self.processes:
+            said = ""
+            while (line := process.stdout.readline()) and not line.startswith("exit "):
+                said += line
+            ends.append((line.strip(), said))
+        clock.cancel()
+        return ends
+
+    def __call__(self, *flags):
+        self.begin(*flags)
+        ends = self.end()
+        assert [how for how, _ in ends] == ["exit 0", "exit 0"], "\n".join(said[-3000:] for _, said in ends)
+        return ends[0][1]
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def two():
+    processes = TwoProcesses()
+    yield processes
+    processes.kill()

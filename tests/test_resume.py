@@ -18,14 +18,14 @@ from glob import glob
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, dpo_flags, free_port, largest_difference, run_many, run_train, shell
+from conftest import ROOT, dpo_flags, free_port, largest_difference, run_train
 
 import loop
 import train
 from data import ResumableSampler
 from loop import check_loss
 from readers import Example, InputError
-from resume import cut_log
+from resume import cut_log, resume_command
 
 STEPS = 8
 KINDS = {  # what is trained → flags
@@ -169,14 +169,9 @@ def test_a_sweep_goes_on_where_it_stopped(world, files, tmp_path, monkeypatch, c
 
 def start(*flags):
     """train.py as a process of its own, its output into one pipe."""
-    return starts(1, *flags)[0]
-
-
-def starts(processes, *flags):
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes)}
     command = [sys.executable, os.path.join(ROOT, "train.py"), *map(str, flags)]
-    return [subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, cwd=ROOT,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(processes)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}, text=True, cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for(process, condition, limit=100):
@@ -190,8 +185,8 @@ def wait_for(process, condition, limit=100):
     return True
 
 
-@pytest.mark.parametrize("kind", ("kept features", "LoRA with dropout"))
-def test_kill_9_at_any_moment(world, files, tmp_path, in_this_process, kind):
+@pytest.mark.parametrize("kind, kills", (("kept features", 3), ("LoRA with dropout", 1)))
+def test_kill_9_at_any_moment(world, files, tmp_path, in_this_process, kind, kills):
     """Inside a save, between two, before the first: then --resume, which ends with the bytes of a run that was left alone."""
     steps = ["--max_steps", 40, "--save_steps", 1]
     run_train(*flags_of(world, files, kind, tmp_path / "whole", "--max_steps", 40))
@@ -203,7 +198,7 @@ def test_kill_9_at_any_moment(world, files, tmp_path, in_this_process, kind):
     def inside_a_save():                    # behind step 12, and DeepSpeed has begun to write
         return saved() > 12 and any(glob(f"{run}/step-{saved() + 1}.partial/*.pt"))
 
-    for condition in (lambda: os.path.isfile(f"{run}/run.json"), lambda: saved() > 4, inside_a_save):
+    for condition in (inside_a_save, lambda: saved() > 4, lambda: os.path.isfile(f"{run}/run.json"))[kills - 1::-1]:
         process = start(*flags_of(world, files, kind, tmp_path / "cut", *steps, "--resume"))
         assert wait_for(process, condition), process.stdout.read()
         time.sleep(0 if condition is inside_a_save else 0.02 * rng.random())
@@ -212,7 +207,8 @@ def test_kill_9_at_any_moment(world, files, tmp_path, in_this_process, kind):
         assert process.returncode == -signal.SIGKILL and not os.path.exists(tmp_path / "cut")
         moments.append((saved(), sorted(os.path.basename(p) for p in glob(f"{run}/step-*"))))
     print("killed with", moments)
-    assert moments[0][0] < 4 < moments[1][0] < 13 <= moments[2][0] < 40
+    before = [saved for saved, _ in moments]
+    assert 13 <= before[-1] < 40 and (kills == 1 or before[0] < 4 < before[1] < 13)
     run_train(*flags_of(world, files, kind, tmp_path / "cut", *steps, "--resume"))
     whole, cut = result(tmp_path / "whole"), result(tmp_path / "cut")
     assert whole and whole == cut and steps_logged(tmp_path / "cut") == list(range(1, 41))
@@ -263,7 +259,7 @@ def test_every_moment_of_a_save(world, files, tmp_path, monkeypatch, in_this_pro
         assert result(tmp_path / "cut") == result(tmp_path / "whole") and count
 
 
-def test_ctrl_c_typed(world, files, tmp_path, in_this_process):
+def test_ctrl_c_typed(world, files, tmp_path, capsys, in_this_process):
     """The process says how to go on, and leaves with 130; what it says, typed, does go on."""
     run_train(*flags_of(world, files, "kept features", tmp_path / "whole", "--max_steps", 400))
     log = tmp_path / "cut.run" / "metrics.jsonl"
@@ -272,14 +268,14 @@ def test_ctrl_c_typed(world, files, tmp_path, in_this_process):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said
-    command = shlex.split(re.search(r"go on with: (.*)", said)[1])
-    assert command[0] == "python" and command[-1] == "--resume"
-    done = shell(*command)
-    assert done.returncode == 0 and "going on from" in done.stdout
+    program, script, *flags = shlex.split(re.search(r"go on with: (.*)", said)[1])
+    assert (program, os.path.basename(script), flags[-1]) == ("python", "train.py", "--resume")
+    run_train(*flags)
+    assert "going on from" in capsys.readouterr().out
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
 
-def test_other_numbers_of_processes(world, files, tmp_path, monkeypatch, in_this_process):
+def test_other_numbers_of_processes(world, files, two, tmp_path, monkeypatch, in_this_process):
     """ZeRO-0: two processes go on from one's state, and follow it to rounding. Where each has a part: refused, with the number."""
     flags = [*flags_of(world, files, "kept features", tmp_path / "cut"), "--gradient_accumulation_steps", 1]
     run_train(*flags_of(world, files, "kept features", tmp_path / "whole"))
@@ -288,23 +284,23 @@ def test_other_numbers_of_processes(world, files, tmp_path, monkeypatch, in_this
         run_train(*flags_of(world, files, "kept features", tmp_path / "cut"))
     with pytest.raises(SystemExit):
         run_train(*flags_of(world, files, "ZeRO-1", tmp_path / "parts"))
-    run_many(2, tmp_path, [*flags, "--resume"])
+    two(*flags, "--resume")
     losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
     assert losses[0][:4] == losses[1][:4] and largest_difference("losses", *losses) < 1e-4
-    done = shell("torchrun", "--nproc_per_node", 2, os.path.join(ROOT, "train.py"),
-                 *flags_of(world, files, "ZeRO-1", tmp_path / "parts"), "--resume")
-    assert done.returncode != 0 and re.search("error: .*written by 1 processes.* so 2 cannot go on; start 1", done.stderr)
+    two.begin(*flags_of(world, files, "ZeRO-1", tmp_path / "parts"), "--resume")
+    for how, said in two.end():
+        assert how == "exit 1" and re.search("error: .*written by 1 processes.* so 2 cannot go on; start 1", said)
 
 
-def test_two_processes_stop_together(world, files, tmp_path):
+def test_two_processes_stop_together(world, files, two, tmp_path):
     """SIGTERM to one of them: both finish the step, and one command is said."""
     log = tmp_path / "cut.run" / "metrics.jsonl"
-    processes = starts(2, *flags_of(world, files, "kept features", tmp_path / "cut", "--max_steps", 2000), "--gradient_accumulation_steps", 1)
-    assert wait_for(processes[1], lambda: os.path.isfile(log) and os.path.getsize(log) > 3000), processes[1].stdout.read()
-    processes[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [130, 130], said
-    assert "go on with: deepspeed --num_gpus 2" in said[0] and "go on with" not in said[1]
+    two.begin(*flags_of(world, files, "kept features", tmp_path / "cut", "--max_steps", 2000), "--gradient_accumulation_steps", 1)
+    assert wait_for(two.processes[1], lambda: os.path.isfile(log) and os.path.getsize(log) > 3000), two.end()
+    two.processes[1].send_signal(signal.SIGTERM)
+    (how, said), (other, quiet) = two.end()
+    assert how == other == "exit 130", said + quiet
+    assert "go on with: deepspeed --num_gpus 2 train.py --stage 2" in said and "go on with" not in quiet
     assert len(steps_logged(tmp_path / "cut.run")) == int((tmp_path / "cut.run" / "latest").read_text().removeprefix("step-"))
 
 
@@ -377,6 +373,14 @@ def test_when_a_loss_explodes(in_this_process):
     for loss, before in ((20.5, 0.001), (610., 30.), (math.nan, 1.), (math.inf, 1.)):
         with pytest.raises(InputError, match=r"from examples 3 \(37.jpg\), 1 \(17.jpg\), 2 \(27.jpg\) of the data; .* not kept: look"):
             check_loss(loss, deque([before] * 20, maxlen=20), 2, seen, "nowhere", examples)
+
+
+def test_how_to_go_on(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--local_rank=0", "--output_dir", "two words", "--resume"])
+    typed = "train.py --output_dir 'two words' --resume"
+    assert resume_command(1) == f"python {typed}" and resume_command(2) == f"deepspeed --num_gpus 2 {typed}"
+    monkeypatch.setenv("CROSS_SIZE", "2")                                        # two machines
+    assert resume_command(4) == f"deepspeed --hostfile … {typed}"
 
 
 def test_the_log_is_cut_back(tmp_path):

@@ -206,6 +206,18 @@ def test_workers_errors_are_one_line(capsys):
     assert capsys.readouterr().err == "error: talk.json, row 7: mend it\n"
 
 
+def test_an_error_that_one_process_meets_alone(capsys, monkeypatch):
+    """Rank 0 has nothing to say then; the others leave it time to."""
+    waited = []
+    monkeypatch.setattr(readers.time, "sleep", waited.append)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            run_program(lambda: BadRow()[7])
+        assert capsys.readouterr().err == "error: talk.json, row 7: mend it\n"
+    assert waited == [0, 5]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows without an image
 
