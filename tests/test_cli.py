@@ -153,7 +153,7 @@ MISTAKES = {  # what: (program and the flags that differ from right ones; BAD/ i
     "no such questions": (ask(pope_path="nowhere/pope"), "nowhere/pope.*coco_pope_random.json"),
     "questions cut": (ask(pope_path="BAD/pope", set="random"), "pope/coco_pope_random.json.*JSON"),
     "no val2014": (ask(coco_path="nowhere/coco"), "nowhere/coco/val2014.*no such folder"),
-    "evaluation images absent": (ask(coco_path="BAD/coco"), "12 images missing or unreadable"),
+    "evaluation images absent": (ask(coco_path="BAD/coco"), "12 images missing"),
     "checkpoint of another base": (ask("BAD/stage1", model_name_or_path="WORLD"), "stage1.*fingerprint"),
 }
 
