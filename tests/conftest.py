@@ -182,10 +182,10 @@ class TwoProcesses:
         """Let both begin a run; new ones, where one has ended over the run before."""
         if not self.processes or any(process.poll() is not None for process in self.processes):
             self.kill()
-            shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-            self.processes = [subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-                                               text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                              for rank in ("0", "1")]
+            both = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+            self.processes = [subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                               env=os.environ | both | {"RANK": rank, "LOCAL_RANK": rank},
+                                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in ("0", "1")]
         for process in self.processes:
             print(json.dumps([str(flag) for flag in flags]), file=process.stdin, flush=True)
 

@@ -474,7 +474,7 @@ def test_zero3_on_two_processes_follows_zero0_on_one(runs):
     losses = [[row["loss"] for row in rows] for rows in (one, two)]
     print("losses", losses)
     assert abs(losses[0][-1] - losses[0][0]) > 0.01                              # they went somewhere
-    assert largest_difference("losses", *losses) < 1e-3
+    assert largest_difference("losses", *losses) < 1e-5
     for name in LOGGED - {"step", "pairs_per_second"}:
         ours, theirs = ([row[name] for row in rows] for rows in (two, one))
         assert largest_difference(name, ours, theirs) < 2e-3 * max(1, np.abs(theirs).max())
@@ -496,8 +496,8 @@ def matrix(world, two, tmp_path_factory, in_this_process):
         config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}}))
         run = two if processes == 2 else run_train
         run("--tune", "lora,post_decoder,lm_head", "--lora_r", 4, "--lora_dropout", 0, "--learning_rate", 1e-2, "--max_steps", 3,
-            "--keep_correct", "--per_device_train_batch_size", 2, "--deepspeed", config, *dpo_flags(world), *["--offload"] * offload,
-            "--output_dir", folder / f"{stage}-{offload}-{processes}")
+            "--keep_correct", "--per_device_train_batch_size", 2, "--deepspeed", config, *dpo_flags(world),
+            *["--offload"] * offload, "--output_dir", folder / f"{stage}-{offload}-{processes}")
     return folder
 
 
@@ -507,7 +507,7 @@ def test_every_zero_stage_gives_the_same_losses(matrix, stage, offload, processe
     reference, ours = logged(matrix, "0-False-1"), logged(matrix, f"{stage}-{offload}-{processes}")
     for name in ("loss", "rewards/margin", "logps/chosen", "grad_norm"):
         expected = [row[name] for row in reference]
-        assert largest_difference(name, [row[name] for row in ours], expected) < 1e-5 * max(10, np.abs(expected).max())
+        assert largest_difference(name, [row[name] for row in ours], expected) < 1e-5 * max(1, np.abs(expected).max())
     assert len({row["loss"] for row in ours}) == 3
 
 
