@@ -179,7 +179,7 @@ def main(argv=None):
     parser.add_argument("--peer_batched", type=int, default=512, help="questions that the peer answers in batches")
     parser.add_argument("--peer_batch", type=int, default=64, help="questions at once, peer")
     args = parser.parse_args(argv)
-    alone = "WORLD_SIZE" not in os.environ
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ         # set by torchrun
     if not alone:
         dist.init_process_group("gloo")                     # as in eval_pope.py
     ours = random_llava(args.size)
