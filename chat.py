@@ -26,7 +26,7 @@ import torch
 
 from data import EOS, check_images
 from eval_pope import load_all
-from model import can_use_gpu
+from model import device_and_dtype
 from readers import InputError, run_program
 from sampling import Conversation, Sampling
 
@@ -146,11 +146,9 @@ def main():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    on_gpu = can_use_gpu()
-    bf16 = on_gpu if args.bf16 is None else args.bf16
+    device, dtype = device_and_dtype(args.bf16)
     print(f"loading {args.checkpoints[0]}", file=sys.stderr)
-    trunk, heads, tokenizer, preprocess = load_all(args, torch.device("cuda" if on_gpu else "cpu"),
-                                                   torch.bfloat16 if bf16 else torch.float32)
+    trunk, heads, tokenizer, preprocess = load_all(args, device, dtype)
     if args.compare and len(heads) < 2:
         raise InputError(f"{args.checkpoints[0]}: is a base itself, so --compare has nothing to set it against; leave it out")
     last = list(heads)[-1]

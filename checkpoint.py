@@ -78,9 +78,10 @@ def fill(module):
 
 def write_tensors(path, tensors):
     """Write {key: tensor}, open the file again and compare: no key is lost, nothing is empty."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, path, {"format": "pt"})
     again = read_file(path)
-    bad = [k for k, v in tensors.items() if k not in again or not torch.equal(again[k].read(), v.detach().cpu())]
+    bad = [k for k, v in tensors.items() if k not in again or not torch.equal(again[k].read(), v)]
     if bad or not tensors:
         raise RuntimeError(f"{path}: what was written is not what was to be written, or holds NaN ({bad[:5] or 'nothing'})")
 
@@ -312,9 +313,12 @@ def load_trained(path, config, base_head, base_fingerprint, dtype=None, device="
 
 
 def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as file:
+    """Whole or not at all, whichever process writes it and whenever it is killed."""
+    partial = f"{path}.{os.getpid()}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
+    os.replace(partial, path)
 
 
 def put_in_place(partial, folder):

@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 from checkpoint import base_of, fingerprint, holds_model, is_trained, kind, load_base, load_trained, tower_of, write_json
 from data import SYSTEM, SYSTEM_HADPO_EVAL, PackedDataset, check_images
-from model import answer, can_use_gpu
+from model import answer, device_and_dtype
+from plots import LEANS, leans
 from readers import IMAGE, Example, InputError, field, read_pope, read_rows, run_program
 
 SPLITS = {"random": "random", "popular": "popular", "adv": "adversarial"}      # --set → POPE's name
@@ -96,11 +97,11 @@ def table(metrics, yes_ratios):
                   f"| model | {' | '.join(COLUMNS[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
         for model, row in models.items():
             cells = [f"{row[c]}" if isinstance(row[c], int) else f"{row[c]:.2f}" for c in columns]
-            if abs(row["yes_ratio"] - yes_ratios[split]) > 10:
+            if leans(row):
                 cells[4] += " (!)"
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     if any("(!)" in line for line in lines):
-        lines.append("\n(!) the yes-ratio is more than 10 points away from the labels': the model leans to one answer")
+        lines.append(f"\n(!) the yes-ratio is more than {LEANS} points away from the labels': the model leans to one answer")
     return "\n".join(lines)
 
 
@@ -267,12 +268,11 @@ def evaluate(args):
         raise InputError(f"{image_folder}: no such folder; --coco_path names the folder that holds val2014")
     if args.report and (os.path.isdir(args.report) or not os.path.isdir(os.path.dirname(os.path.abspath(args.report)))):
         raise InputError(f"--report {args.report}: is a folder or lies in none; name a file in a folder that exists")
-    on_gpu, rank = can_use_gpu(), int(os.environ.get("RANK", 0))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    bf16 = on_gpu if args.bf16 is None else args.bf16
+    device, dtype = device_and_dtype(args.bf16)
+    rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")                     # only answers are exchanged
-    trunk, heads, tokenizer, preprocess = load_all(args, device, torch.bfloat16 if bf16 else torch.float32)
+    trunk, heads, tokenizer, preprocess = load_all(args, device, dtype)
     distinct = list(dict.fromkeys((q["image"], q["text"]) for rows in questions.values() for q in rows))
     if rank == 0:
         print(f"{len(distinct)} distinct questions about {len({i for i, _ in distinct})} images, {len(heads)} models, "

@@ -30,7 +30,7 @@ from data import IMAGE_ID, Batch, ImageProcessor, PackedDataset, Row, Tokenizer,
 from dpo import CHOSEN, REJECTED, dpo_loss, mean_nll, sequence_logps
 from eval_pope import load_all
 from llama import LlamaModel, branch_mask
-from model import Head, Trunk, answer_states, can_use_gpu
+from model import Head, Trunk, answer_states, device_and_dtype
 from objective import Objective, set_trained
 from post_decoder import Block, BlockAttention, PostInteractionBlock
 from readers import Example, InputError, read_hadpo, read_json, run_program
@@ -54,9 +54,7 @@ def load(path):
     run = read_config(path).get("arguments", {}) if what == "trained" else {}
     before = [run["init"]] if run.get("init", "identity") != "identity" else []
     named = argparse.Namespace(checkpoints=[*before, path], model_name_or_path=None, vision_tower=None)
-    on_gpu = can_use_gpu()
-    trunk, heads, tokenizer, preprocess = load_all(named, torch.device("cuda" if on_gpu else "cpu"),
-                                                   torch.bfloat16 if on_gpu else torch.float32)
+    trunk, heads, tokenizer, preprocess = load_all(named, *device_and_dtype())
     *_, reference, head = [None, *heads.values()]
     world = os.path.join(os.path.dirname(path.rstrip("/")), "world")
     paths = [run.get(name) or path for name, path in zip(("desc_data_path", "pope_data_path", "vg_path"), hadpo_paths(world))]

@@ -173,9 +173,7 @@ def keep_features(folder, dataset, trunk, block, base, batch_size, rank=0, world
     done = np.fromfile(path, bool)[:len(dataset)] if os.path.isfile(path) else np.zeros(0, bool)
     check_images(image_paths([dataset.examples[i] for i in np.flatnonzero(~done)] if done.any() else dataset.examples))
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "key.json")             # before all others, by whichever process is first
-    write_json(f"{path}.{os.getpid()}.partial", key)
-    os.replace(f"{path}.{os.getpid()}.partial", path)
+    write_json(os.path.join(folder, "key.json"), key)           # before all others, by whichever process is first
     rows = pack_rows(os.path.join(folder, "rows.npz"), dataset, key["whole_rows"], rank != 0)
     image_index, (tokens, offsets), dtype = rows["image"][0], rows["token"], next(trunk.parameters()).dtype
     shape = (vision.num_patches, vision.hidden_size if key["features"] == "clip" else text.hidden_size)

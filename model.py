@@ -223,6 +223,13 @@ def can_use_gpu():
     return found
 
 
+def device_and_dtype(bf16=None):
+    """Where this process computes, and in what: bf16 on a GPU and fp32 on a CPU unless told."""
+    on_gpu = can_use_gpu()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    return device, torch.bfloat16 if (on_gpu if bf16 is None else bf16) else torch.float32
+
+
 def rows_at_once(config, tokens, parameter):
     """How many rows of that many tokens are decoded together: what a GPU has memory for, up to 64."""
     if not parameter.is_cuda:

@@ -19,6 +19,7 @@ from dpo import CHOSEN, dpo_loss, mean_nll, sequence_logps, token_logps
 from model import answer_states
 
 GROUPS = ("clip", "projector", "llama", "post_decoder", "lm_head", "lora")
+STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}     # train.py's --stage
 TRUNK = {"clip", "projector", "llama", "lora"}          # the groups in front of the head
 MONITORED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen",
              "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "nll")

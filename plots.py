@@ -25,7 +25,7 @@ from readers import InputError, field, read_json, run_program
 
 BINS = 200                # points of a line at most
 COLOURS = 7               # of lines; then they begin anew
-LEANS = 10                # points between yes-ratio and the labels' from which a model leans to one answer, as in eval_pope.py
+LEANS = 10                # points between yes-ratio and the labels' from which a model leans to one answer
 TRAINING = (  # title, metrics of metrics.jsonl (the second one dashed), logarithmic
     ("loss", ("loss",), False), ("reward margin", ("rewards/margin",), False), ("reward accuracy", ("rewards/accuracy",), False),
     ("log-probability: chosen —, rejected - -", ("logps/chosen", "logps/rejected"), False),

@@ -31,7 +31,7 @@ from PIL import Image
 
 from eval_pope import COLUMNS, labels_yes, open_prompts, says_yes
 from model import answer_states
-from plots import LEANS, STYLE, Line, panel
+from plots import STYLE, Line, leans, panel
 from readers import progress
 
 MOST, LIMIT = 600, 9_000_000        # questions and bytes of the gallery
@@ -142,8 +142,8 @@ def metric_tables(metrics, yes_ratios):
         for name, row in models.items():
             cells = []
             for c in columns:
-                digits, leans = 0 if isinstance(row[c], int) else 2, abs(row["yes_ratio"] - yes_ratios[split]) > LEANS
-                mark = "(!) " if c == "yes_ratio" and leans else ""
+                digits = 0 if isinstance(row[c], int) else 2
+                mark = "(!) " if c == "yes_ratio" and leans(row) else ""
                 cells.append(f"{mark}{row[c]:.{digits}f} {signed(row[c] - first[c], digits)}")
             rows.append([escape(name), *cells])
         caption = f"{escape(split)}, labels {yes_ratios[split]:.1f} % yes"

@@ -121,8 +121,7 @@ def begin(args, facts):
                 say(f"{folder}: {what}; from the beginning")
             discard(folder)
             os.makedirs(folder)
-        write_json(path + ".partial", facts | {"processes": dist.get_world_size()})
-        os.replace(path + ".partial", path)
+        write_json(path, facts | {"processes": dist.get_world_size()})
         for rest in glob.glob(os.path.join(folder, "step-*.*")):        # .partial, .gone
             shutil.rmtree(rest)
     dist.barrier()

@@ -21,6 +21,7 @@ from clip_vit import CLIPVisionConfig
 from data import PackedDataset, Tokenizer
 from llama import LlamaConfig
 from model import Head, LlavaConfig, Trunk, answer
+from objective import STAGES
 from readers import IMAGE, Example, InputError, read_image_index, read_json
 
 # Chosen on validation images; by stage.
@@ -54,7 +55,7 @@ def prepare_tiny_world(args, train, device):
     args.data_path, args.image_folder = os.path.join(world, "llava", "train.json"), os.path.join(world, "llava", "images")
     if not os.path.isdir(base):
         train(argparse.Namespace(**vars(args) | TINY[0] | dict(
-            stage=0, tune=("projector", "llama", "lm_head"), loss="sft", block=["head"], init="identity",
+            stage=0, tune=STAGES[0], loss="sft", block=["head"], init="identity",
             model_name_or_path=untrained, output_dir=base, deepspeed=None, offload=False, default_batch=32,
             per_device_train_batch_size=None, gradient_accumulation_steps=None, max_steps=args.tiny_base_steps)))
     hadpo = os.path.join(world, "hadpo")

@@ -39,14 +39,13 @@ from features import keep_features
 from loop import cosine, deepspeed_config, reference_logps, run_steps, start_deepspeed
 from lora import add_lora
 from model import Head, Trunk
-from objective import GROUPS, TRUNK, Objective, checkpoint_layers, set_trained
+from objective import GROUPS, STAGES, TRUNK, Objective, checkpoint_layers, set_trained
 from plots import draw_training, read_run
 from post_decoder import VARIANTS, PostInteractionBlock
 from readers import InputError, image_paths, read_hadpo, read_llava, run_program
 from resume import Interruptions, begin, discard, is_finished, load_state, say
 from tiny import TINY, prepare_tiny_world
 
-STAGES = {0: ("projector", "llama", "lm_head"), 1: ("post_decoder",), 2: ("post_decoder", "lm_head")}
 # Defaults with a real model: LLaVA's for supervised training (0), the training notes' for the head (1, 2), HA-DPO's for
 # DPO of the trunk. The tiny world's are in tiny.py.
 REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),

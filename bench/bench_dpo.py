@@ -31,11 +31,10 @@ from features import keep_features
 from loop import deepspeed_config, start_deepspeed
 from lora import add_lora
 from model import Head
-from objective import Objective, checkpoint_layers, set_trained
+from objective import STAGES, Objective, checkpoint_layers, set_trained
 from peer import (SIZES, Line, agreement, decoder_flops, environment, matmul_peak, measure, peer_inputs, peer_of, random_llava,
                   table, tower_flops, unpack, write_images)
 from readers import IMAGE, Example
-from train import STAGES
 
 BETA, LEARNING_RATE = 0.1, 5e-7
 

@@ -23,9 +23,8 @@ import torch.distributed as dist
 from bench_dpo import identity, make_pairs, start_engine, step
 from loop import start_deepspeed
 from lora import add_lora
-from objective import checkpoint_layers
+from objective import STAGES, checkpoint_layers
 from peer import SIZES, measure, random_llava, write_images
-from train import STAGES
 
 TRAININGS = {"stage 2": STAGES[2], "LoRA": ("lora",), "full": ("projector", "llama")}
 RUNS = [("stage 2", 0, False), ("stage 2", 3, False), ("LoRA", 0, False), ("LoRA", 1, False), ("LoRA", 2, False),
@@ -66,6 +65,10 @@ def one(deepspeed, size, what, zero, offload, pairs, tokens, repeats):
     return f"{dist.get_world_size() * pairs / seconds:.3g} | {seconds:.3g} | " + (f"{memory / 2 ** 30:.1f}" if memory else "–")
 
 
+def say(gpus, what, zero, offload, cells):
+    print(f"| {gpus} | {what} | {zero}{' + offload' * offload} | {cells} |", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", type=int, default=1)
@@ -80,20 +83,19 @@ def main(argv=None):
         deepspeed = start_deepspeed()[0]
         cells = one(deepspeed, args.size, *RUNS[args.line], args.pairs, args.tokens, args.repeats)
         if dist.get_rank() == 0:
-            what, zero, offload = RUNS[args.line]
-            print(f"| {args.gpus} | {what} | {zero}{' + offload' * offload} | {cells} |", flush=True)
+            say(args.gpus, *RUNS[args.line], cells)
         dist.destroy_process_group()
         return
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{args.gpus} × {name}, torch {torch.__version__}, {args.pairs} pairs of {args.tokens} tokens on each\n\n"
           "| GPUs | trained | ZeRO | pairs/s | s a step | peak memory of a GPU, GiB |\n|---|---|---|---|---|---|", flush=True)
-    for n, (what, zero, offload) in enumerate(RUNS):
-        if what in args.only:
+    for n, run in enumerate(RUNS):
+        if run[0] in args.only:
             options = vars(args) | {"line": n}
             del options["only"]
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus), __file__]
             if subprocess.run(command + [str(x) for name, value in options.items() for x in (f"--{name}", value)]).returncode:
-                print(f"| {args.gpus} | {what} | {zero}{' + offload' * offload} | failed, see above | – | – |", flush=True)
+                say(args.gpus, *run, "failed, see above | – | –")
 
 
 if __name__ == "__main__":
