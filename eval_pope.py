@@ -246,10 +246,10 @@ def ask(trunk, heads, tokenizer, preprocess, questions, image_folder, protocol, 
     check_images([e.image for e in dataset.examples])
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, len(images), world_size)
-    answered = answer(trunk, list(heads.values()), dataset, limit, batch_size, mine, None if rank else "asking")
-    yes, no = (tokenizer.encode(word)[0] for word in ("Yes", "No"))
-    share = [{(images[i], text): (said, float(logits[yes] - logits[no]))
-              for i, (texts, first) in result.items() for text, said, logits in zip(by_image[images[i]], texts, first)}
+    words = [tokenizer.encode(word)[0] for word in ("Yes", "No")]
+    answered = answer(trunk, list(heads.values()), dataset, limit, batch_size, mine, None if rank else "asking", words)
+    share = [{(images[i], text): (said, score) for i, (texts, logits) in result.items()
+              for text, said, score in zip(by_image[images[i]], texts, (logits[:, 0] - logits[:, 1]).tolist())}
              for result in answered]
     if world_size > 1:
         shares = [None] * world_size

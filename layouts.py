@@ -38,7 +38,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass
 class Stored:
-    """A tensor that still lies in its file: its shape, the function that reads it, and one that reads a few numbers of it."""
+    """A tensor that still lies in its file: its shape, the function that reads it, and one that reads a few numbers of it.
+
+    `read(pinned=True)` takes memory that a GPU can fetch from by itself, where the file's own numbers are what is read.
+    """
     shape: tuple
     read: Callable
     few: Callable = None
@@ -89,8 +92,8 @@ def read_safetensors(path):
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
 
-    def read(key):
-        tensor = torch.empty(shapes[key], dtype=dtypes[key])
+    def read(key, pinned=False):
+        tensor = torch.empty(shapes[key], dtype=dtypes[key], pin_memory=pinned)
         with open(path, "rb", buffering=0) as file:
             file.seek(8 + length + header[key]["data_offsets"][0])
             rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
@@ -123,14 +126,14 @@ def read_bin(path):
         raise InputError(f"{path}: {strange} is no tensor; a weight file holds tensors and nothing else: name another file")
     last = []
 
-    def read(key):          # the pages of the tensor before are given back; they are the file's, so it could be read again
+    def read(key, pinned=False):        # the pages of the tensor before are given back; they are the file's, so it could be read again
         if mapped:
             for tensor in last:
                 start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
                 size = tensor.data_ptr() + tensor.nbytes - start
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
             last[:] = [tensors[key]]
-        return tensors[key].clone()
+        return torch.empty_like(tensors[key], pin_memory=pinned).copy_(tensors[key])
 
     def few(key, at):
         return tensors[key].flatten()[at]
@@ -300,7 +303,8 @@ def read_open_clip(name):
 
     def third(whole, n):
         shape = (whole.shape[0] // 3, *whole.shape[1:])
-        return Stored(shape, lambda: whole.read().chunk(3)[n], lambda at: whole.numbers(n * math.prod(shape) + at))
+        return Stored(shape, lambda pinned=False: whole.read(pinned).chunk(3)[n],
+                      lambda at: whole.numbers(n * math.prod(shape) + at))
 
     return config, from_open_clip(tensors, third), {"image_mean": tag.get("mean"), "image_std": tag.get("std")}
 
@@ -374,8 +378,8 @@ def merge_lora(tensors, folder, dtype=None):
     if not targets:
         raise InputError(f"{file}: holds no LoRA weights, so its saving went wrong; save it again")
 
-    def merged(whole, a, b):
-        weight = whole.read()
+    def merged(whole, a, b, pinned=False):
+        weight = whole.read(pinned)
         return (weight.float() + alpha / rank * (b.read().float() @ a.read().float())).to(dtype or weight.dtype)
 
     result = dict(tensors)

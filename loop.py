@@ -1,7 +1,7 @@
 """The DeepSpeed side of training: configuration and batch arithmetic, the start, and the loop over optimizer steps.
 
     config = deepspeed_config(args, world_size, on_gpu)               # the user's file, checked and completed
-    engine, *_ = deepspeed.initialize(model=objective, ...)
+    engine = start_engine(deepspeed, objective, trained, config, learning_rate)
     run_steps(engine, rows, start, steps, args, trained, reference, interruptions, device, dtype)
 
 The loop only calls the engine's forward, backward and step, so that it is the same under every ZeRO stage.
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import IGNORE, ResumableSampler, batches_ahead
+from lora import without_lora
 from model import can_use_gpu, versions
 from readers import InputError, read_json
 from resume import read_latest, resume_command, save_state, say
@@ -129,6 +130,50 @@ def start_deepspeed():
     return deepspeed, dist.get_rank(), dist.get_world_size(), device
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on fp32 copies (masters) of bf16 parameters, whose rounding would swallow small steps; gradients are clipped first.
+
+    DeepSpeed's own for ZeRO-0 goes over the tensors one by one: for LoRA's 448 that takes longer than half the forward pass.
+    """
+
+    def __init__(self, parameters, max_norm, **options):
+        self.rounded, self.max_norm = list(parameters), max_norm
+        self.masters = [p.detach().float() for p in self.rounded]
+        super().__init__(self.masters, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        gradients = [torch.empty_like(master) for master in self.masters]
+        torch._foreach_copy_(gradients, [p.grad for p in self.rounded])
+        for parameter, master, gradient in zip(self.rounded, self.masters, gradients):
+            parameter.grad, master.grad = None, gradient
+        if self.max_norm:
+            torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm)
+        super().step(closure)
+        self.zero_grad()
+        torch._foreach_copy_(self.rounded, self.masters)
+
+    def state_dict(self):
+        return super().state_dict() | {"masters": self.masters}
+
+    def load_state_dict(self, state):
+        super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
+        with torch.no_grad():
+            torch._foreach_copy_(self.masters, state["masters"])
+
+
+def start_engine(deepspeed, objective, trained, config, learning_rate, weight_decay=0.0, factor=None):
+    """DeepSpeed's engine around `objective`, whose parameters `trained` AdamW trains. `factor`: of the learning rate, by step."""
+    options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
+    if config["bf16"].get("enabled") and not config.get("zero_optimization", {}).get("stage"):
+        optimizer = MasterAdamW(trained.values(), config.get("gradient_clipping", 0), **options)
+        config = config | {"bf16": {"enabled": False}, "gradient_clipping": 0.0}    # what the optimizer does is not done again
+    else:
+        optimizer = torch.optim.AdamW(trained.values(), **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor) if factor else None
+    return deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps
 
@@ -154,9 +199,10 @@ def reference_logps(engine, rows, steps, args, device, dtype):
     steps = min(steps, math.ceil(len(rows) / engine.train_batch_size()))
     count = steps * engine.gradient_accumulation_steps()
     engine.eval()
-    for ids, batch in tqdm(batches_of(engine, rows, steps, args, device, dtype), "reference", count, unit="batch", leave=False,
-                           disable=dist.get_rank() != 0):
-        table[ids] = engine(batch)
+    with without_lora(engine.module):
+        for ids, batch in tqdm(batches_of(engine, rows, steps, args, device, dtype), "reference", count, unit="batch", leave=False,
+                               disable=dist.get_rank() != 0):
+            table[ids] = engine(batch)
     engine.train()
     dist.all_reduce(table, dist.ReduceOp.MAX)       # every rank has its own rows, -inf elsewhere
     if dist.get_rank() == 0:

@@ -8,6 +8,8 @@ A starts as `nn.Linear` does (Kaiming-uniform, a = sqrt 5) and B as zero, as in 
 `weight` keeps its name, so a base loads and is recognised as ever; the new tensors are called `….q_proj.lora_A.weight`,
 as in peft's files (checkpoint.py writes them).
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,10 +18,10 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Onto(nn.Linear):
-    """x, onto → onto + scale · W x, as one matrix product that adds: no pass over memory for the scale, nor for the sum."""
+    """x (n, r), onto (n, out) → onto, to which scale · W x was added by the matrix product itself: no other pass over memory."""
 
     def forward(self, x, onto, scale):
-        return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), self.weight.T, alpha=scale).view_as(onto)
+        return onto.addmm_(x, self.weight.T, alpha=scale)
 
 
 class LoRALinear(nn.Linear):
@@ -32,10 +34,14 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Linear(self.in_features, r, bias=False, **like)
         self.lora_B = Onto(r, self.out_features, bias=False, **like)
         nn.init.zeros_(self.lora_B.weight)
-        self.dropout, self.scale = nn.Dropout(dropout), alpha / r
+        self.dropout, self.scale, self.on = nn.Dropout(dropout), alpha / r, True
 
     def forward(self, x):
-        return self.lora_B(self.lora_A(self.dropout(x)), F.linear(x, self.weight), self.scale)      # eq. 3
+        if not self.on:
+            return F.linear(x, self.weight)
+        rows = x.flatten(0, -2)                                                                     # (B · T, in)
+        y = self.lora_B(self.lora_A(self.dropout(rows)), F.linear(rows, self.weight), self.scale)   # eq. 3
+        return y.view(*x.shape[:-1], -1)
 
 
 def add_lora(model, r, alpha, dropout):
@@ -45,3 +51,16 @@ def add_lora(model, r, alpha, dropout):
             for name, linear in list(part.named_children()):
                 if name in LINEARS:
                     setattr(part, name, LoRALinear(linear, r, alpha, dropout))
+
+
+@contextmanager
+def without_lora(model):
+    """Inside, a model is what it was before `add_lora`."""
+    linears = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for linear in linears:
+        linear.on = False
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.on = True

@@ -240,11 +240,12 @@ def rows_at_once(config, tokens, parameter):
     return max(1, min(64, int(0.8 * free / (tokens * (kept + passing) * parameter.itemsize))))
 
 
-def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None, title=None):
+def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None, title=None, words=[]):
     """Greedy answers to a PackedDataset of open prompts, longest rows together; images are decoded ahead of the GPU.
 
     `indices` are the rows to answer (default all), `batch_size` is in rows (default: what fits). Returns for every head
-    {index: ([text of each branch], first_logits (branches, vocab))}. Shows a progress bar when it has a title.
+    {index: ([text of each branch], logits of the tokens `words` at the first place (branches, words))}. Shows a progress bar
+    when it has a title.
     """
     order = sorted(range(len(dataset)) if indices is None else indices, key=dataset.lengths().__getitem__, reverse=True)
     parameter, results = next(trunk.parameters()), [{} for _ in heads]
@@ -266,8 +267,8 @@ def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None,
         if answered is None:
             return [give(part, dataset[part]) for part in (rows[:len(rows) // 2], rows[len(rows) // 2:])]
         for result, (tokens, first_logits) in zip(results, answered):
-            for i, ids, logits in zip(rows, tokens, first_logits.float().cpu()):
-                result[i] = [dataset.tokenizer.decode(t) for t in ids], logits[:len(ids)].clone()
+            for i, ids, logits in zip(rows, tokens, first_logits[..., words].float().cpu()):
+                result[i] = [dataset.tokenizer.decode(t) for t in ids], logits[:len(ids)]
 
     for rows, batch in zip(chosen, tqdm(loader, title, disable=title is None, unit="batch", leave=False)):
         give(rows, batch)

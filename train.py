@@ -36,7 +36,7 @@ import torch.distributed as dist
 from checkpoint import fill, fingerprint, is_trained, load_base, load_trained, save_base, save_trained
 from data import ImageProcessor, PackedDataset, Tokenizer, check_images, spare_cores
 from features import keep_features
-from loop import cosine, deepspeed_config, reference_logps, run_steps, start_deepspeed
+from loop import cosine, deepspeed_config, reference_logps, run_steps, start_deepspeed, start_engine
 from lora import add_lora
 from model import Head, Trunk
 from objective import GROUPS, STAGES, TRUNK, Objective, checkpoint_layers, set_trained
@@ -153,8 +153,6 @@ def train_one(deepspeed, args, config, base, rows, device, dtype):
     global_batch, zero_stage = config["train_batch_size"], config.get("zero_optimization", {}).get("stage", 0)
     steps = args.max_steps or math.ceil(args.num_train_epochs * len(rows) / global_batch)
     warmup = math.ceil(args.warmup_ratio * steps)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps, warmup))
     facts = {"base": base.fingerprint, "examples": len(rows), "steps": steps, "global batch": global_batch,
              "ZeRO stage": zero_stage, "dtype": str(dtype).removeprefix("torch."),
              "gradient_clipping": config.get("gradient_clipping", 0)}
@@ -163,7 +161,8 @@ def train_one(deepspeed, args, config, base, rows, device, dtype):
         f"({', '.join(args.tune)}, {sum(p.numel() for p in trained.values()):,} numbers); {len(rows):,} examples, {steps} steps of "
         f"{global_batch} = {config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × "
         f"{dist.get_world_size()}, learning rate {args.learning_rate:g}, {facts['dtype']}, ZeRO-{zero_stage}")
-    engine, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    engine = start_engine(deepspeed, objective, trained, config, args.learning_rate, args.weight_decay,
+                          lambda step: cosine(step, steps, warmup))
     reference = reference_logps(engine, rows, steps, args, device, dtype) if objective.needs_table else None
     first = load_state(engine, args.output_dir + ".run", state) if state else 0
     with Interruptions() as interruptions:

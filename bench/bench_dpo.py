@@ -28,8 +28,8 @@ import torch
 from data import PackedDataset, ResumableSampler, batches_ahead, spare_cores
 from dpo import dpo_loss, token_logps
 from features import keep_features
-from loop import deepspeed_config, start_deepspeed
-from lora import add_lora
+from loop import deepspeed_config, start_deepspeed, start_engine
+from lora import add_lora, without_lora
 from model import Head
 from objective import STAGES, Objective, checkpoint_layers, set_trained
 from peer import (SIZES, Line, agreement, decoder_flops, environment, matmul_peak, measure, peer_inputs, peer_of, random_llava,
@@ -72,15 +72,14 @@ def identity(ours):
     return head
 
 
-def start_engine(deepspeed, ours, head, groups, micro_batch, accumulation=1, kept=False, zero=None, offload=False):
+def engine_of(deepspeed, ours, head, groups, micro_batch, accumulation=1, kept=False, zero=None, offload=False):
     """DeepSpeed around the objective, as in train.py. `kept`: batches come from kept features; `zero`: a configuration file."""
     trained = set_trained(ours.trunk, head, groups)
     objective = Objective(None if kept else ours.trunk, head, "dpo", BETA, 0.0)
-    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     config = deepspeed_config(SimpleNamespace(deepspeed=zero, per_device_train_batch_size=micro_batch, bf16=None, offload=offload,
                                               gradient_accumulation_steps=accumulation),
                               torch.distributed.get_world_size(), ours.device.type == "cuda")
-    return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
+    return start_engine(deepspeed, objective, trained, config, LEARNING_RATE)
 
 
 def step(engine, batch):
@@ -88,7 +87,7 @@ def step(engine, batch):
     reference = None
     if engine.module.needs_table:
         engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), without_lora(engine.module):
             reference = engine(batch)
         engine.train()
     loss, _ = engine(batch, None, reference)
@@ -98,7 +97,7 @@ def step(engine, batch):
 
 def with_trunk(deepspeed, ours, stage, micro_batch, dataset, tokens, repeats):
     """Optimizer steps with the trunk in the loop → Line."""
-    engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch)
+    engine = engine_of(deepspeed, ours, identity(ours), STAGES[stage], micro_batch)
     batch, rows = dataset[list(range(micro_batch))], [dataset.row(n).position for n in range(micro_batch)]
     measured = measure(lambda: step(engine, batch.to(ours.device, ours.dtype)), ours.device, repeats, warm_up=2)
     engine.destroy()
@@ -115,7 +114,7 @@ def from_features(deepspeed, ours, stage, micro_batch, dataset, tokens, steps, g
         kept = measured.result
 
         def run():
-            engine = start_engine(deepspeed, ours, identity(ours), STAGES[stage], micro_batch, global_batch // micro_batch, True)
+            engine = engine_of(deepspeed, ours, identity(ours), STAGES[stage], micro_batch, global_batch // micro_batch, True)
             sampler = ResumableSampler(len(kept), steps, global_batch, micro_batch, 0, 1, seed=42)
             for batch in batches_ahead(kept, sampler, spare_cores()):
                 step(engine, batch.to(ours.device, ours.dtype))
@@ -132,7 +131,7 @@ def with_lora(deepspeed, ours, micro_batch, datasets, repeats):
     checkpoint_layers(ours.trunk.model)
     lines = {}
     for tokens, dataset in datasets.items():
-        engine = start_engine(deepspeed, ours, ours.head, ("lora",), micro_batch)
+        engine = engine_of(deepspeed, ours, ours.head, ("lora",), micro_batch)
         batch, rows = dataset[list(range(micro_batch))], [dataset.row(n).position for n in range(micro_batch)]
         measured = measure(lambda: step(engine, batch.to(ours.device, ours.dtype)), ours.device, repeats, warm_up=2)
         engine.destroy()

@@ -119,7 +119,7 @@ def first_logits(ours, dataset, count):
     while total < count:
         total += len(dataset.examples[len(rows)].conversations)
         rows.append(len(rows))
-    result, = answer(ours.trunk, [ours.head], dataset, 1, indices=rows)
+    result, = answer(ours.trunk, [ours.head], dataset, 1, indices=rows, words=slice(None))
     return torch.cat([result[n][1] for n in rows])[:count]
 
 

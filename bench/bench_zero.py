@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.distributed as dist
 
-from bench_dpo import identity, make_pairs, start_engine, step
+from bench_dpo import engine_of, identity, make_pairs, step
 from loop import start_deepspeed
 from lora import add_lora
 from objective import STAGES, checkpoint_layers
@@ -56,7 +56,7 @@ def one(deepspeed, size, what, zero, offload, pairs, tokens, repeats):
         path = os.path.join(folder, "ds.json")
         with open(path, "w") as file:
             json.dump({"zero_optimization": {"stage": zero}, "gradient_clipping": 1.0}, file)
-        engine = start_engine(deepspeed, ours, head, TRAININGS[what], pairs, zero=path, offload=offload)
+        engine = engine_of(deepspeed, ours, head, TRAININGS[what], pairs, zero=path, offload=offload)
     measured = measure(lambda: step(engine, batch), ours.device, repeats, warm_up=1)
     figures = torch.tensor([measured.seconds, float(measured.memory or 0)], dtype=torch.float64, device=ours.device)
     dist.all_reduce(figures, dist.ReduceOp.MAX)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import train
 from checkpoint import base_of, fingerprint, kind, load_base
 from data import ResumableSampler
-from lora import LINEARS, LoRALinear, add_lora
+from lora import LINEARS, LoRALinear, add_lora, without_lora
 from objective import Objective, checkpoint_layers, set_trained
 from readers import InputError
 
@@ -64,6 +64,18 @@ def test_by_hand():
     change = linear(torch.ones(2000, 6)) - plain(torch.ones(2000, 6))
     assert largest_difference("mean under dropout", change.mean(0), torch.ones(6) @ (merged - plain.weight).T) < 0.5
     assert change.std(0).min() > 0.1
+
+
+def test_without_lora_it_is_the_base(world):
+    trunk, _ = with_lora(world)
+    base, *_ = load_base(world.base)
+    batch = preference_rows(world, trunk)[SOME]
+    with without_lora(trunk):
+        assert torch.equal(trunk(batch)[0], base(batch)[0])
+    assert largest_difference("its change", trunk(batch)[0], base(batch)[0]) > 1e-3
+    with pytest.raises(KeyError), without_lora(trunk):
+        raise KeyError
+    assert all(module.on for module in trunk.modules() if isinstance(module, LoRALinear))
 
 
 def test_every_linear_of_llama_and_no_other(world):

@@ -2,6 +2,7 @@
 
 The first half takes the pieces of train.py one by one; the second half starts real runs on the session's tiny world.
 """
+import copy
 import csv
 import gc
 import json
@@ -25,7 +26,7 @@ import train
 from checkpoint import fill, fingerprint, load_base, load_trained, read_file
 from data import ImageProcessor, PackedDataset, ResumableSampler
 from features import keep_features
-from loop import cosine, deepspeed_config
+from loop import MasterAdamW, cosine, deepspeed_config
 from model import Head
 from objective import Objective, reference_of, set_trained
 from post_decoder import VARIANTS
@@ -509,6 +510,50 @@ def test_every_zero_stage_gives_the_same_losses(matrix, stage, offload, processe
         expected = [row[name] for row in reference]
         assert largest_difference(name, [row[name] for row in ours], expected) < 1e-5 * max(1, np.abs(expected).max())
     assert len({row["loss"] for row in ours}) == 3
+
+
+@pytest.mark.parametrize("max_norm", (0.0, 1.0))
+def test_masters_are_adamw_in_fp32(max_norm):
+    """bf16 parameters follow AdamW of fp32 ones that gets their gradients, also where bf16 alone would not have moved."""
+    torch.manual_seed(0)
+    rounded = [torch.nn.Parameter(torch.randn(5, 3).bfloat16()), torch.nn.Parameter(torch.randn(7).bfloat16())]
+    exact = [torch.nn.Parameter(p.detach().float()) for p in rounded]
+    options = {"lr": 1e-4, "weight_decay": 0.1, "fused": True}
+    ours, theirs = MasterAdamW(rounded, max_norm, **options), torch.optim.AdamW(exact, **options)
+    for step in range(60):
+        for p, q in zip(rounded, exact):
+            p.grad = (3 * torch.ones_like(p) + torch.randn(p.shape)).bfloat16()
+            q.grad = p.grad.float()
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(exact, max_norm)
+        ours.step()
+        theirs.step()
+        assert all(torch.equal(p, q.bfloat16()) for p, q in zip(rounded, exact)) and rounded[0].grad is None
+        if step == 30:                                                           # what is saved is all that is needed
+            state = copy.deepcopy(ours.state_dict())
+            ours = MasterAdamW(rounded, max_norm, **options)
+            ours.load_state_dict(state)
+    assert all(torch.equal(p, q) for p, q in zip(ours.masters, exact))
+
+
+def test_small_steps_are_not_lost_in_bf16(world, two, tmp_path, in_this_process):
+    """At a rate of which bf16 keeps nothing, under ZeRO 0 (masters of ours) and 1 (DeepSpeed's), on one process and two."""
+    def run(name, start, stage, *more):
+        config = tmp_path / f"zero{stage}.json"
+        config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}}))
+        start("--stage", 2, "--init", "identity", "--bf16", "--learning_rate", 2e-5, "--max_steps", 6, "--keep_correct",
+              "--per_device_train_batch_size", 4, "--deepspeed", config, "--output_dir", tmp_path / name, *dpo_flags(world))
+        return {k: s.read().float() for k, s in read_file(str(tmp_path / name / "trained.safetensors")).items()}
+
+    one, other, both = run("one", run_train, 0), run("other", run_train, 1), run("both", two, 0)
+    before = load_base(world.base)[1].lm_head.weight.bfloat16().float()
+    moved = one["lm_head.weight"] != before
+    step = 2e-5 / (before.abs() * 2 ** -8)                                       # of the distance to the next number in bf16
+    assert moved[step < 0.4].float().mean() > 0.005                              # several steps together reach it, one does not
+    for name, result in (("ZeRO-1", other), ("two processes", both)):
+        differ = (result["lm_head.weight"] != one["lm_head.weight"]).float().mean().item()
+        print(name, "differ in", differ, "of", moved.float().mean().item(), "moved")
+        assert differ < 0.2 * moved.float().mean()
 
 
 def test_text_only_batches_under_zero3(world, two, tmp_path, in_this_process):
