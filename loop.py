@@ -167,11 +167,13 @@ def start_engine(deepspeed, objective, trained, config, learning_rate, weight_de
     options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     if config["bf16"].get("enabled") and not config.get("zero_optimization", {}).get("stage"):
         optimizer = MasterAdamW(trained.values(), config.get("gradient_clipping", 0), **options)
-        config = config | {"bf16": {"enabled": False}, "gradient_clipping": 0.0}    # what the optimizer does is not done again
+        config = {"communication_data_type": "bf16"} | config | {"bf16": {"enabled": False}, "gradient_clipping": 0.0}
     else:
         optimizer = torch.optim.AdamW(trained.values(), **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor) if factor else None
-    return deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    engine = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    engine.enable_backward_allreduce = dist.get_world_size() > 1 or engine.zero_optimization()      # else it copies for nobody
+    return engine
 
 
 # ---------------------------------------------------------------------------------------------------------------------

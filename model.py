@@ -253,7 +253,8 @@ def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None,
         row = dataset.row(order[0])
         tokens = len(row.input_ids) + min(max_new_tokens, 64) * len(row.ends)
         batch_size = rows_at_once(trunk.config.text, tokens, parameter)
-    chosen = [order[start:start + batch_size] for start in range(0, len(order), batch_size or 1)]
+    starts = [0, *range(min(batch_size or 1, 16), len(order), batch_size or 1)]     # the first is short, so that a GPU starts early
+    chosen = [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)]) if start < end]
     loader = batches_ahead(dataset, chosen, spare_cores())
 
     def give(rows, batch):

@@ -103,4 +103,12 @@ def set_trained(trunk, head, groups):
 def checkpoint_layers(model):
     """Gradient checkpointing (arXiv 1604.06174): a decoder layer keeps its input, and is computed again in the backward."""
     for layer in model.layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(recomputed, layer.forward)
+
+
+def recomputed(forward, x, *rest):
+    """Reentrant: the first pass builds no graph, which takes half as long where the CPU cannot launch kernels fast enough. It
+    asks for a gradient of its input, or its parameters would get none."""
+    if not torch.is_grad_enabled():
+        return forward(x, *rest)
+    return checkpoint(forward, x if x.requires_grad else x.detach().requires_grad_(), *rest, use_reentrant=True)
