@@ -143,7 +143,7 @@ def generate(trunk, heads, batch, max_new_tokens):
 
 
 def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
-    """One head's answers. A step changes nothing but tensors in place, so that a GPU can record the second one and replay it:
+    """One head's answers. A step changes nothing but tensors in place, so that a GPU can record it once and replay it:
     launching a step's thousand kernels one by one takes longer than running them."""
     real, at = batch.ends >= 0, batch.ends.clamp(min=0)                                     # (B, N)
     token, unfinished = torch.full_like(at, EOS), real.clone()
@@ -177,16 +177,15 @@ def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
         grown = cache.reserve(N)
         if whole and history.shape[1] < cache.capacity:
             history = F.pad(history, (0, 0, 0, cache.capacity - history.shape[1]))
-        if not token.is_cuda or grown or len(tokens) == 1:      # what a kernel prepares for new shapes cannot be recorded
-            graph = None
-            step()
-        else:
-            if recorded := graph is None:
+        if token.is_cuda:
+            if recorded := graph is None or grown:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):       # others may pin the next batch meanwhile
                     step()                              # nothing runs yet, but cache.length counts this step
             graph.replay()
             cache.length += 0 if recorded else N
+        else:
+            step()
         tokens.append(token.clone())
     tokens = torch.stack(tokens, -1).tolist()                                               # (B, N, steps)
     answers = [[ids[:ids.index(EOS)] if EOS in ids else ids for ids, r in zip(row, rs) if r]
