@@ -143,10 +143,12 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        gradients = [torch.empty_like(master) for master in self.masters]
-        torch._foreach_copy_(gradients, [p.grad for p in self.rounded])
-        for parameter, master, gradient in zip(self.rounded, self.masters, gradients):
-            parameter.grad, master.grad = None, gradient
+        pairs = [(p, m) for p, m in zip(self.rounded, self.masters) if p.grad is not None]
+        for parameter, master in pairs:
+            master.grad = torch.empty_like(master)
+        torch._foreach_copy_([m.grad for _, m in pairs], [p.grad for p, _ in pairs])
+        for parameter, _ in pairs:
+            parameter.grad = None
         if self.max_norm:
             torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm)
         super().step(closure)

@@ -108,8 +108,8 @@ def begin(args, facts):
             raise InputError(f"{folder}: --resume goes on with the run that was interrupted, but {'; '.join(changed)}: type its "
                              "own arguments, or leave --resume out to start anew")
         if processes != now and glob.glob(os.path.join(folder, state, "*zero_pp_rank*")):
-            raise InputError(f"{folder}: was written by {processes} processes, each of which has a part of the optimizer (ZeRO, or "
-                             f"bf16), so {now} cannot go on; start {processes}")
+            raise InputError(f"{folder}: was written by {processes} processes, each of which has a part of the optimizer (ZeRO), "
+                             f"so {now} cannot go on; start {processes}")
     dist.barrier()
     if dist.get_rank() == 0:
         if state and args.resume:
