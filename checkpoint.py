@@ -78,6 +78,7 @@ def fill(module):
         tensors = progress(pool.map(read, waiting.values()), "reading weights", len(waiting), unit="tensor")
         for (key, (_, source, _, _)), tensor in zip(waiting.items(), tensors):
             if not all(x.isfinite() for x in tensor.aminmax()):     # 40 times as fast as tensor.isfinite().all()
+                pool.shutdown(cancel_futures=True)
                 raise InputError(f"{source}: {key} holds NaN or infinity; it is damaged or its training diverged: take another")
             owner, _, name = key.rpartition(".")
             setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))

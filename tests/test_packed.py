@@ -6,15 +6,19 @@ together, images shared or absent) in training's form (logits and log-probabilit
 evaluation's (greedy answers with the cache).
 """
 import random
+from glob import glob
 
 import pytest
 import torch
 from conftest import largest_difference, small_llava
 
-from data import BOS, EOS, IGNORE, IMAGE_ID, Batch, InputError, collate, pack
+import model
+from checkpoint import load_base
+from data import BOS, EOS, IGNORE, IMAGE_ID, Batch, InputError, PackedDataset, collate, pack
 from dpo import sequence_logps, token_logps
 from llama import KVCache
 from model import answer_states, generate
+from readers import IMAGE, Example
 
 VARIANTS = (None, "full", "self_attn", "no_cross_attn")
 PATCHES, VOCAB = 9, 48
@@ -240,3 +244,25 @@ def test_an_image_is_never_cut():
     except InputError:
         return
     assert row.input_ids.count(IMAGE_ID) == PATCHES
+
+
+def test_answers_do_not_depend_on_the_batches(world, monkeypatch):
+    """44 rows at once, 5 by 5, and 20 by 20, of which the first batch is a short one: same answers and logits of two words."""
+    trunk, head, tokenizer, preprocess = load_base(world.base)
+    images = sorted(glob(f"{world.coco}/val2014/*.jpg"))
+    examples = [Example(images[n % len(images)], [[(f"{IMAGE}\nIs there a {word} here?", None)] for word in "dog cat kite".split()[:1 + n % 3]])
+                for n in range(44)]
+    dataset = PackedDataset(examples, tokenizer, preprocess, trunk.config.vision.num_patches, trunk.config.max_length)
+    sizes = []
+    monkeypatch.setattr(model, "generate", lambda trunk, heads, batch, n: sizes.append(len(batch.ends)) or generate(trunk, heads, batch, n))
+    said = {}
+    for size in (5, 20, 64):
+        sizes.clear()
+        said[size], = model.answer(trunk, [head], dataset, 6, size, words=[7, 9])
+        assert sizes == {5: [5] * 8 + [4], 20: [16, 20, 8], 64: [16, 28]}[size]
+    for i in range(44):
+        assert said[5][i][0] == said[20][i][0] == said[64][i][0] and said[5][i][1].shape == (1 + i % 3, 2)
+        assert largest_difference(f"row {i}", said[5][i][1], said[64][i][1]) < 1e-4
+    whole, = model.answer(trunk, [head], dataset, 1, 20, indices=[3, 40], words=slice(None))
+    assert whole.keys() == {3, 40} and largest_difference("row 3", whole[3][1][:, [7, 9]], said[5][3][1]) < 1e-4
+    assert model.answer(trunk, [head], dataset, 1, indices=[])[0] == {}
