@@ -78,6 +78,6 @@ def test_the_figure_is_what_its_script_draws():
 if __name__ == "__main__":
     for readme in READMES:
         with open(os.path.join(ROOT, readme), encoding="utf-8") as file:
-            before = file.read()
+            after = corrected(file.read())              # before it is opened for writing
         with open(os.path.join(ROOT, readme), "w", encoding="utf-8") as file:
-            file.write(corrected(before))
+            file.write(after)
