@@ -124,16 +124,15 @@ def read_bin(path):
     strange = next((k for k, v in tensors.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)), None)
     if strange is not None:
         raise InputError(f"{path}: {strange} is no tensor; a weight file holds tensors and nothing else: name another file")
-    last = []
 
-    def read(key, pinned=False):        # the pages of the tensor before are given back; they are the file's, so it could be read again
-        if mapped:
-            for tensor in last:
-                start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-                size = tensor.data_ptr() + tensor.nbytes - start
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-            last[:] = [tensors[key]]
-        return torch.empty_like(tensors[key], pin_memory=pinned).copy_(tensors[key])
+    def read(key, pinned=False):
+        tensor = tensors[key]
+        copy = torch.empty_like(tensor, pin_memory=pinned).copy_(tensor)
+        if mapped:          # its pages are given back; they are the file's, so it can be read again
+            start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            size = tensor.data_ptr() + tensor.nbytes - start
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        return copy
 
     def few(key, at):
         return tensors[key].flatten()[at]

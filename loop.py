@@ -76,6 +76,9 @@ def refuse_settings(config, path, offload):
     auto, zero = find_auto(config), config.get("zero_optimization", {})
     batch = [name for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
              if name in config and not (isinstance(config[name], int) and config[name] > 0)]
+    bf16 = config.get("bf16", {})
+    precision = [name for name in ("torch_autocast", "data_types") if name in config]
+    precision += ["bf16"] if not isinstance(bf16, dict) or set(bf16) - {"enabled"} else []
     offloaded = [name for name in ("offload_optimizer", "offload_param")
                  if isinstance(zero, dict) and (zero.get(name) or {}).get("device", "none") != "none"]
     for wrong, what in (
@@ -85,6 +88,8 @@ def refuse_settings(config, path, offload):
             ("optimizer" in config or "scheduler" in config, "optimizer and scheduler are not read from the file; remove them and "
              "say --learning_rate, --weight_decay, --warmup_ratio"),
             ((config.get("fp16") or {}).get("enabled"), "fp16, which needs its loss scaled, is not built here; say --bf16 instead"),
+            (precision, f'{", ".join(precision)}: weights and gradients are bf16 or fp32 here, and masters fp32; write '
+             '"bf16": {"enabled": true} or remove it'),
             (offloaded and not offload, f"{', '.join(offloaded)}: slow, and done only where asked for; remove it or say --offload")):
         if wrong:
             raise InputError(f"{path}: {what}")
@@ -146,26 +151,31 @@ class MasterAdamW(torch.optim.AdamW):
         pairs = [(p, m) for p, m in zip(self.rounded, self.masters) if p.grad is not None]
         for parameter, master in pairs:
             master.grad = torch.empty_like(master)
-        torch._foreach_copy_([m.grad for _, m in pairs], [p.grad for p, _ in pairs])
+        self.copy([p.grad for p, _ in pairs], [m.grad for _, m in pairs])
         for parameter, _ in pairs:
             parameter.grad = None
-        if self.max_norm:
-            torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm)
+        self._global_grad_norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm or math.inf)     # the engine asks for it
         super().step(closure)
         self.zero_grad()
-        torch._foreach_copy_(self.rounded, self.masters)
+        self.copy(self.masters, self.rounded)
+
+    @torch.no_grad()
+    def copy(self, source, to):
+        torch._foreach_copy_(to, source)
 
     def state_dict(self):
         return super().state_dict() | {"masters": self.masters}
 
     def load_state_dict(self, state):
         super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
-        with torch.no_grad():
-            torch._foreach_copy_(self.masters, state["masters"])
+        self.copy(state["masters"], self.masters)
 
 
 def start_engine(deepspeed, objective, trained, config, learning_rate, weight_decay=0.0, factor=None):
-    """DeepSpeed's engine around `objective`, whose parameters `trained` AdamW trains. `factor`: of the learning rate, by step."""
+    """DeepSpeed's engine around `objective`, whose parameters `trained` AdamW trains. `factor`: of the learning rate, by step.
+
+    Under ZeRO-0 in bf16 masters and clipping are ours, so DeepSpeed is told of neither, or it would wrap the optimizer.
+    """
     options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     if config["bf16"].get("enabled") and not config.get("zero_optimization", {}).get("stage"):
         optimizer = MasterAdamW(trained.values(), config.get("gradient_clipping", 0), **options)
@@ -174,6 +184,8 @@ def start_engine(deepspeed, objective, trained, config, learning_rate, weight_de
         optimizer = torch.optim.AdamW(trained.values(), **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor) if factor else None
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    if isinstance(optimizer, MasterAdamW):
+        optimizer.copy(optimizer.rounded, optimizer.masters)        # DeepSpeed has given all ranks the first one's parameters
     engine.enable_backward_allreduce = dist.get_world_size() > 1 or engine.zero_optimization()      # else it copies for nobody
     return engine
 

@@ -5,7 +5,7 @@
 
 There is no reference model. A frozen trunk gives policy and reference the same hidden states, so the reference is a copy of
 the head as it was; where the trunk itself is trained (LoRA or not), the reference's log-probabilities, two numbers a pair,
-are taken from the model itself before its first step (loop.py), which is the same as LoRA's with its adapters off.
+are taken from the model itself before its first step, with LoRA's adapters off (loop.py).
 """
 import copy
 import functools

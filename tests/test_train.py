@@ -392,6 +392,9 @@ def test_batch_arithmetic(tmp_path, content, micro, accumulation, processes, tot
     ({"optimizer": {"type": "AdamW"}}, 8, None, 1, ("ds.json", "optimizer", "--learning_rate")),
     ({"scheduler": {"type": "WarmupLR"}}, 8, None, 1, ("ds.json", "scheduler", "--warmup_ratio")),
     ({"fp16": {"enabled": True}}, 8, None, 1, ("ds.json", "fp16", "--bf16")),
+    ({"bf16": True}, 8, None, 1, ("ds.json: bf16: ", '"bf16": {"enabled": true}')),
+    ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, 8, None, 1, ("ds.json: bf16: ", "masters fp32")),
+    ({"data_types": {"grad_accum_dtype": "fp32"}, "torch_autocast": {"enabled": True}}, 8, None, 1, ("torch_autocast, data_types: ",)),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, 8, None, 1, ("ds.json", "offload_optimizer", "--offload")),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, 8, None, 1, ("ds.json", "offload_param", "--offload"))))
 def test_impossible_configurations_are_explained(tmp_path, content, micro, accumulation, processes, said):
