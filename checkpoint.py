@@ -206,11 +206,11 @@ def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None,
     return trunk, head, tokenizer, preprocess
 
 
-def save_base(folder, trunk, head, tokenizer, tensors=None, preprocess=None):
+def save_base(folder, trunk, head, tokenizer, tensors=None, preprocess=None, arguments=None):
     """Write a whole model in LLaVA's layout, the tower in `vision_tower/`. Atomic.
 
     `tensors` {public name: tensor} stand in for the modules' own, which under ZeRO-3 are in pieces. A post-interaction
-    block, which LLaVA's layout does not know, is told in config.json under its own name.
+    block, which LLaVA's layout does not know, is told in config.json under its own name, and so are `arguments` of a run.
     """
     tensors = tensors or dict(trunk.state_dict()) | dict(head.state_dict())
     tower = {k.removeprefix("vision_tower."): v for k, v in tensors.items() if k.startswith("vision_tower.")}
@@ -226,6 +226,8 @@ def save_base(folder, trunk, head, tokenizer, tensors=None, preprocess=None):
               "tokenizer_model_max_length": config.max_length}
     if head.block:
         values["post_interaction_block"] = asdict(head.block)
+    if arguments:
+        values["arguments"] = arguments
     write_json(os.path.join(partial, "config.json"), values)
     write_json(os.path.join(partial, "vision_tower", "config.json"), {"model_type": "clip_vision_model", **asdict(config.vision)})
     if preprocess:

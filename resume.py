@@ -88,9 +88,9 @@ def is_finished(args):
     path = os.path.join(args.output_dir, "config.json")
     if os.path.isdir(args.output_dir + ".run") or not os.path.isfile(path):
         return False
-    before = read_json(path, dict).get("arguments")        # a whole model does not tell
+    before = read_json(path, dict).get("arguments", {})
     now = json.loads(json.dumps({k: v for k, v in vars(args).items() if v is not None}))
-    finished = before is None or all(before.get(k) == now.get(k) for k in before.keys() | now.keys() if k not in INCIDENTAL)
+    finished = all(before.get(k) == now.get(k) for k in before.keys() | now.keys() if k not in INCIDENTAL)
     if finished:
         say(f"{args.output_dir}: finished already")
     return finished

@@ -184,12 +184,13 @@ def save(deepspeed, args, base, head, ours, steps, zero_stage):
             if dist.get_rank() == 0:
                 tensors[name] = parameters[name].detach().cpu().clone()
     if dist.get_rank() == 0:
+        arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if v is not None}
         if whole:
-            save_base(args.output_dir, base.trunk, head, base.tokenizer, tensors, base.preprocess)
+            save_base(args.output_dir, base.trunk, head, base.tokenizer, tensors, base.preprocess, arguments)
         else:
             info = {"stage": args.stage, "base": args.model_name_or_path, "vision_tower": args.vision_tower,
                     "fingerprint": base.fingerprint, "block": asdict(head.block) if head.block else None, "steps": steps,
-                    "arguments": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if v is not None}}
+                    "arguments": arguments}
             save_trained(args.output_dir, tensors, info, base.tokenizer)
         metrics = os.path.join(args.output_dir, "metrics.jsonl")
         shutil.copyfile(os.path.join(args.output_dir + ".run", "metrics.jsonl"), metrics)

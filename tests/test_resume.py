@@ -139,6 +139,15 @@ def test_what_cannot_go_on(world, files, tmp_path, monkeypatch, capsys, in_this_
     assert "no state in it; from the beginning" in capsys.readouterr().out and steps_logged(tmp_path / "cut") == list(range(1, 9))
 
 
+def test_a_whole_model_tells_whose_it_is(world, files, tmp_path, capsys, in_this_process):
+    flags = flags_of(world, files, "the trunk by DPO", tmp_path / "whole", "--max_steps", 1)
+    run_train(*flags)
+    run_train(*flags, "--resume")
+    assert "finished already" in capsys.readouterr().out
+    run_train(*flags, "--resume", "--beta", "0.2")
+    assert "no state in it; from the beginning" in capsys.readouterr().out
+
+
 def test_a_sweep_goes_on_where_it_stopped(world, files, tmp_path, monkeypatch, capsys, in_this_process):
     flags = flags_of(world, files, "kept features", tmp_path / "sweep", "--learning_rate", "1e-2", "3e-3", "1e-3")
     run_train(*flags)
