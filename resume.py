@@ -30,10 +30,11 @@ import torch.distributed as dist
 from checkpoint import write_json
 from readers import InputError, read_json
 
-# Arguments that change nothing about the result beyond rounding, or that `facts` tells better.
+# Arguments that change nothing about the result beyond rounding.
 INCIDENTAL = ("output_dir", "resume", "save_steps", "logging_steps", "dataloader_num_workers", "local_rank", "deepspeed", "bf16",
               "offload", "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "default_batch",
-              "default_micro", "num_train_epochs", "max_steps", "model_name_or_path", "plot")
+              "default_micro", "plot")
+IN_FACTS = ("num_train_epochs", "max_steps", "model_name_or_path")          # what a run's facts tell better: steps, fingerprint
 
 
 def say(text):
@@ -63,7 +64,7 @@ def resume_command(world_size):
 
 
 def what_determines(args, facts):
-    arguments = {k: v for k, v in vars(args).items() if k not in INCIDENTAL}
+    arguments = {k: v for k, v in vars(args).items() if k not in INCIDENTAL + IN_FACTS}
     return json.loads(json.dumps(facts | arguments | {"cache_features": bool(args.cache_features)}))
 
 

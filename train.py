@@ -2,7 +2,7 @@
 
     deepspeed train.py --stage 2                                    # the tiny world: no files needed, minutes on a CPU
     deepspeed train.py --stage 1 --model_name_or_path llava-v1.5-7b --vision_tower clip-vit-large-patch14-336 \\
-        --vg_path VG --desc_data_path desc_data.json --pope_data_path pope_data.json --deepspeed ds_zero3.json
+        --vg_path VG --desc_data_path desc_data.json --pope_data_path pope_data.json
     deepspeed train.py --stage 1 --block full,no_cross_attn --learning_rate 2e-7 5e-7 1e-6      # a sweep: six runs
     deepspeed train.py --lora_r 128 --lora_alpha 256 --gradient_checkpointing …                 # HA-DPO itself
     deepspeed train.py --tune post_decoder --loss sft --data_path llava.json --image_folder images …

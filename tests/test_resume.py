@@ -135,7 +135,9 @@ def test_what_cannot_go_on(world, files, tmp_path, monkeypatch, capsys, in_this_
     assert steps_logged(tmp_path / "cut") == [3, 6, 8]
     run_train(*flags, "--resume")                                                # and what is finished stays
     assert "finished already" in capsys.readouterr().out and steps_logged(tmp_path / "cut") == [3, 6, 8]
-    run_train(*flags, "--resume", "--learning_rate", "3e-2")                     # by other arguments it is not
+    run_train(*flags, "--resume", "--max_steps", 9)                              # by other arguments it is not
+    assert "no state in it; from the beginning" in capsys.readouterr().out and steps_logged(tmp_path / "cut") == list(range(1, 10))
+    run_train(*flags, "--resume", "--learning_rate", "3e-2")
     assert "no state in it; from the beginning" in capsys.readouterr().out and steps_logged(tmp_path / "cut") == list(range(1, 9))
 
 
