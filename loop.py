@@ -177,7 +177,8 @@ def start_engine(deepspeed, objective, trained, config, learning_rate, weight_de
     Under ZeRO-0 in bf16 masters and clipping are ours, so DeepSpeed is told of neither, or it would wrap the optimizer.
     """
     options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
-    if config["bf16"].get("enabled") and not config.get("zero_optimization", {}).get("stage"):
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if config["bf16"].get("enabled") and stage == 0:
         optimizer = MasterAdamW(trained.values(), config.get("gradient_clipping", 0), **options)
         config = {"communication_data_type": "bf16"} | config | {"bf16": {"enabled": False}, "gradient_clipping": 0.0}
     else:
@@ -186,7 +187,7 @@ def start_engine(deepspeed, objective, trained, config, learning_rate, weight_de
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
     if isinstance(optimizer, MasterAdamW):
         optimizer.copy(optimizer.rounded, optimizer.masters)        # DeepSpeed has given all ranks the first one's parameters
-    engine.enable_backward_allreduce = dist.get_world_size() > 1 or engine.zero_optimization()      # else it copies for nobody
+    engine.enable_backward_allreduce = dist.get_world_size() > 1 or stage > 0       # else it copies for nobody
     return engine
 
 
