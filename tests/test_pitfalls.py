@@ -57,9 +57,9 @@ PITFALLS = {
     19: ("two million conversations took 350 GB",
          "test_rows_are_those_that_json_finds test_rows_are_read_when_asked_for test_bench_rows_runs"),
     20: ('"newly initialized" scrolled past', "test_damaged test_nothing_is_read_before_shapes_agree test_wrong_adapters"),
-    21: ('"None of the inputs have requires_grad"', "test_a_trained_tensor_without_gradient_is_an_error test_checkpointing_changes_no_gradient "
-         "test_gradients_reach_the_stages_tensors_and_no_other "
-        "test_every_group_can_be_trained_by_every_loss test_a_run_says_what_it_trains"),
+    21: ('"None of the inputs have requires_grad"', "test_a_trained_tensor_without_gradient_is_an_error "
+         "test_checkpointing_changes_no_gradient test_gradients_reach_the_stages_tensors_and_no_other "
+         "test_every_group_can_be_trained_by_every_loss test_a_run_says_what_it_trains"),
     22: ("the reference took a second 14 GB", "test_the_reference_is_no_second_model"),
     23: ("a hub id where a path was meant", "test_hub_ids_are_paths test_mistakes_are_one_line test_flags_that_cannot_be "
          "test_no_foreign_package_runs"),
