@@ -13,9 +13,10 @@ what was trained) and `tokenizer.model`, or the training notes' `non_lora_traina
 adapters is another base; ours are in peft's layout too (`adapter_config.json`, `adapter_model.safetensors`, which peft
 loads), beside `config.json` and what of the head was trained. Which of these a folder is follows from what it holds.
 
-Modules are made on the meta device and filled tensor by tensor, so that loading needs about one tensor of extra RAM (on a GPU
-eight, read by as many threads). Names and shapes are compared before anything is read; what does not fit is listed. A trunk
-whose outputs are kept (features.py) stays in its files: `load_base(..., read_trunk=False)`, and `fill(trunk)` if it is needed after all.
+Modules are made on the meta device and filled tensor by tensor, so that loading needs about one tensor of extra RAM (on a
+GPU eight, read by as many threads). Names and shapes are compared before anything is read; what does not fit is listed. A
+trunk whose outputs are kept (features.py) stays in its files: `load_base(..., read_trunk=False)`, and `fill(trunk)` if it is
+needed after all.
 """
 import argparse
 import hashlib
