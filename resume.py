@@ -1,6 +1,6 @@
 """Stopping and going on: what a run leaves beside its output folder, and when it may be taken up again.
 
-    state = begin(args, facts)                                # OUTPUT_DIR.run made ready; the state to go on from, or None
+    state, lock = begin(args, facts)                          # OUTPUT_DIR.run made ready; the state to go on from, or None
     start = load_state(engine, folder, state)
     with Interruptions() as interruptions: ...                # Ctrl-C: finish the step, save_state, exit code 130
 
@@ -8,6 +8,7 @@ Everything random in a step follows from (seed, step, rank), and the order of th
 trained weights and optimizer and nothing else, and a run that went on from one ends with the very numbers (on a CPU, to
 the last bit) of the run that did not stop. OUTPUT_DIR.run lasts as long as the run:
 
+    lock             held by the process that trains here
     run.json         what determines the result; other arguments cannot go on from here
     metrics.jsonl    one line per logged step
     reference.pt     the reference's log-probabilities, where the trunk is trained
@@ -16,12 +17,14 @@ the last bit) of the run that did not stop. OUTPUT_DIR.run lasts as long as the 
 A state is written under another name, opened once, renamed, and published by replacing `latest`: a kill at any moment
 leaves the state before or the new one. Nothing is promised about a machine that loses power.
 """
+import fcntl
 import glob
 import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
 
 import torch
@@ -97,10 +100,26 @@ def is_finished(args):
     return finished
 
 
+def claim(folder):
+    """Lock a run's folder against other processes for as long as the file that is returned stays open. InputError where one
+    trains there: kill -9 of a launcher leaves its processes behind, and two would write one run."""
+    lock = open(os.path.join(folder, "lock"), "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise InputError(f"{folder}: {lock.read().strip()} still trains there; wait for it, or end it")
+    except OSError:
+        pass                # a disk that knows no locks
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+    return lock
+
+
 def begin(args, facts):
-    """Make OUTPUT_DIR.run ready. Returns the name of the state to go on from, or None."""
+    """Make OUTPUT_DIR.run ready. Returns the name of the state to go on from, or None, and on rank 0 the lock to hold."""
     folder, facts = args.output_dir + ".run", what_determines(args, facts)
-    state, path = read_latest(folder), os.path.join(folder, "run.json")
+    state, path, lock = read_latest(folder), os.path.join(folder, "run.json"), None
     if state and args.resume:
         before = read_json(path, dict)
         processes, now = before.pop("processes"), dist.get_world_size()
@@ -113,6 +132,8 @@ def begin(args, facts):
                              f"so {now} cannot go on; start {processes}")
     dist.barrier()
     if dist.get_rank() == 0:
+        if os.path.isdir(folder):
+            lock = claim(folder)
         if state and args.resume:
             cut_log(os.path.join(folder, "metrics.jsonl"), int(state.removeprefix("step-")))
             say(f"going on from {os.path.join(folder, state)}")
@@ -122,13 +143,14 @@ def begin(args, facts):
                 say(f"{folder}: {what}; from the beginning")
             discard(folder)
             os.makedirs(folder)
+            lock = claim(folder)
         write_json(path, facts | {"processes": dist.get_world_size()})
         for rest in glob.glob(os.path.join(folder, "step-*.*")):        # .partial, .gone
             shutil.rmtree(rest)
     dist.barrier()
     if not os.path.isfile(path):
         raise InputError(f"{folder}: is not on a disk that all machines share; name an --output_dir that is")
-    return state if args.resume else None
+    return state if args.resume else None, lock
 
 
 def cut_log(path, step):

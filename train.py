@@ -156,7 +156,7 @@ def train_one(deepspeed, args, config, base, rows, device, dtype):
     facts = {"base": base.fingerprint, "examples": len(rows), "steps": steps, "global batch": global_batch,
              "ZeRO stage": zero_stage, "dtype": str(dtype).removeprefix("torch."),
              "gradient_clipping": config.get("gradient_clipping", 0)}
-    state = begin(args, facts)
+    state, lock = begin(args, facts)        # which is held until this function ends
     say(f"{args.loss if args.stage is None else f'stage {args.stage}'} from {start}: {len(trained)} tensors trained "
         f"({', '.join(args.tune)}, {sum(p.numel() for p in trained.values()):,} numbers); {len(rows):,} examples, {steps} steps of "
         f"{global_batch} = {config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × "

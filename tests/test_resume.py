@@ -106,7 +106,7 @@ def test_a_state_holds_what_is_trained_and_no_more(world, files, tmp_path, monke
     interrupted_at(monkeypatch, 7)
     with pytest.raises(SystemExit):
         run_train(*flags_of(world, files, "kept features", tmp_path / "cut", "--save_steps", 2))
-    assert sorted(os.listdir(tmp_path / "cut.run")) == ["latest", "metrics.jsonl", "run.json", "step-6", "step-7"]
+    assert sorted(os.listdir(tmp_path / "cut.run")) == ["latest", "lock", "metrics.jsonl", "run.json", "step-6", "step-7"]
     state = torch.load(tmp_path / "cut.run" / "step-7" / "mp_rank_00_model_states.pt", weights_only=False)
     assert {name.split(".")[1] for name in state["module"]} == {"post_interaction_block", "lm_head"}
     assert {name.split(".")[0] for name in state["module"]} == {"head"}
@@ -223,6 +223,24 @@ def test_kill_9_at_any_moment(world, files, tmp_path, in_this_process, kind, kil
     run_train(*flags_of(world, files, kind, tmp_path / "cut", *steps, "--resume"))
     whole, cut = result(tmp_path / "whole"), result(tmp_path / "cut")
     assert whole and whole == cut and steps_logged(tmp_path / "cut") == list(range(1, 41))
+
+
+@pytest.mark.parametrize("more", ([], ["--resume"]), ids=str)
+def test_a_run_that_still_lives_is_left_alone(world, files, tmp_path, more):
+    """As after kill -9 of the launcher alone: its process trains on, and another one may not write there."""
+    flags = flags_of(world, files, "kept features", tmp_path / "cut", "--max_steps", 100_000, "--save_steps", 5)
+    first = start(*flags)
+    assert wait_for(first, lambda: os.path.isfile(tmp_path / "cut.run" / "latest")), first.stdout.read()
+    second = start(*flags, *more)
+    said, _ = second.communicate()
+    assert second.returncode == 1 and re.search(f"error: .*cut.run: process {first.pid} on .* still trains there; wait for it", said)
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    third = start(*flags, "--resume")                                            # its death frees the folder
+    assert any("going on from" in line for line in third.stdout)
+    third.kill()
+    third.communicate()
 
 
 def test_every_moment_of_a_save(world, files, tmp_path, monkeypatch, in_this_process):
