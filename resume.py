@@ -21,10 +21,10 @@ import fcntl
 import glob
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
-import socket
 import sys
 
 import torch
@@ -112,7 +112,7 @@ def claim(folder):
     except OSError:
         pass                # a disk that knows no locks
     lock.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+    print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
     return lock
 
 
