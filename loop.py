@@ -7,6 +7,7 @@
 The loop only calls the engine's forward, backward and step, so that it is the same under every ZeRO stage.
 """
 import collections
+import contextlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from data import IGNORE, ResumableSampler, batches_ahead
 from lora import without_lora
-from model import can_use_gpu, versions
+from model import device_and_dtype, versions
 from readers import InputError, read_json
 from resume import read_latest, resume_command, save_state, say
 
@@ -112,7 +113,8 @@ def cosine(step, total, warmup):
 
 def start_deepspeed():
     """Import and start DeepSpeed on whatever is here. Returns the module, rank, number of processes, device."""
-    on_gpu = can_use_gpu()
+    device, _ = device_and_dtype()
+    on_gpu = device.type == "cuda"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")               # or it warns that it found none
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
@@ -126,12 +128,9 @@ def start_deepspeed():
                          "pip install -r requirements.txt installs what fits together")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)  # none of its C++ ops is probed for, built or used
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         deepspeed.init_distributed(verbose=False)                    # takes over the group that there is
-    if on_gpu:
-        torch.cuda.set_device(device)
     return deepspeed, dist.get_rank(), dist.get_world_size(), device
 
 
@@ -203,7 +202,15 @@ def batches_of(engine, rows, steps, args, device, dtype, start=0):
     return ((ids, batch.to(device, dtype)) for ids, batch in zip(sampler, loader))
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def as_reference(engine):
+    """Inside, the engine says what the model said before its first step: log-probabilities, without LoRA, dropout and gradients."""
+    engine.eval()
+    with torch.no_grad(), without_lora(engine.module):
+        yield
+    engine.train()
+
+
 def reference_logps(engine, rows, steps, args, device, dtype):
     """What the model says before its first step, of every row that a step will ask for → (number of rows, 2), nats.
 
@@ -215,12 +222,10 @@ def reference_logps(engine, rows, steps, args, device, dtype):
     table = torch.full((len(rows), 2), -math.inf, device=device)
     steps = min(steps, math.ceil(len(rows) / engine.train_batch_size()))
     count = steps * engine.gradient_accumulation_steps()
-    engine.eval()
-    with without_lora(engine.module):
+    with as_reference(engine):
         for ids, batch in tqdm(batches_of(engine, rows, steps, args, device, dtype), "reference", count, unit="batch", leave=False,
                                disable=dist.get_rank() != 0):
             table[ids] = engine(batch)
-    engine.train()
     dist.all_reduce(table, dist.ReduceOp.MAX)       # every rank has its own rows, -inf elsewhere
     if dist.get_rank() == 0:
         torch.save(table.cpu(), path + ".partial")

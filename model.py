@@ -228,7 +228,7 @@ def device_and_dtype(bf16=None):
     on_gpu = can_use_gpu()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(device)               # or a step of decoding would be recorded on the first GPU
+        torch.cuda.set_device(device)               # or NCCL and a recorded step of decoding take the first GPU
     return device, torch.bfloat16 if (on_gpu if bf16 is None else bf16) else torch.float32
 
 

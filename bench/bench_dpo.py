@@ -28,8 +28,8 @@ import torch
 from data import PackedDataset, ResumableSampler, batches_ahead, spare_cores
 from dpo import dpo_loss, token_logps
 from features import keep_features
-from loop import deepspeed_config, start_deepspeed, start_engine
-from lora import add_lora, without_lora
+from loop import as_reference, deepspeed_config, start_deepspeed, start_engine
+from lora import add_lora
 from model import Head
 from objective import STAGES, Objective, checkpoint_layers, set_trained
 from peer import (SIZES, Line, agreement, decoder_flops, environment, matmul_peak, measure, peer_inputs, peer_of, random_llava,
@@ -86,10 +86,8 @@ def step(engine, batch):
     """One optimizer step; where the trunk learns, behind the reference's pass, which train.py needs once per pair."""
     reference = None
     if engine.module.needs_table:
-        engine.eval()
-        with torch.no_grad(), without_lora(engine.module):
+        with as_reference(engine):
             reference = engine(batch)
-        engine.train()
     loss, _ = engine(batch, None, reference)
     engine.backward(loss)
     engine.step()

@@ -30,7 +30,7 @@ from clip_vit import TOWER, CLIPVisionConfig
 from data import BOS, EOS, IMAGE_ID, PAD, ImageProcessor
 from layouts import our_name
 from llama import LlamaConfig
-from model import Head, LlavaConfig, Trunk
+from model import Head, LlavaConfig, Trunk, device_and_dtype
 
 SIZES = {
     "7b": LlavaConfig(),
@@ -81,11 +81,7 @@ def random_llava(size, seed=0):
 
     `</s>` and the image token have logit 0 and so are never the largest of all: every answer is as long as it may be.
     """
-    on_gpu, config = torch.cuda.is_available(), SIZES[size]
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    if on_gpu:
-        torch.cuda.set_device(device)
+    config, (device, dtype) = SIZES[size], device_and_dtype()
     torch.manual_seed(seed)
     with torch.device("meta"):
         trunk, head = Trunk(config).to(dtype), Head(config).to(dtype)

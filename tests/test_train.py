@@ -541,7 +541,7 @@ def test_masters_are_adamw_in_fp32(max_norm):
 
 def test_small_steps_are_not_lost_in_bf16(world, two, tmp_path, in_this_process):
     """At a rate of which bf16 keeps nothing, under ZeRO 0 (masters of ours) and 1 (DeepSpeed's), on one process and two."""
-    def run(name, start, stage, *more):
+    def run(name, start, stage):
         config = tmp_path / f"zero{stage}.json"
         config.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": stage}}))
         start("--stage", 2, "--init", "identity", "--bf16", "--learning_rate", 2e-5, "--max_steps", 6, "--keep_correct",
