@@ -1,41 +1,45 @@
-"""LLaVA-1.5 with a post-interaction block, in two halves that training and evaluation treat differently.
+"""LLaVA-1.5 with a post-interaction block, in two halves that training and evaluation treat
+differently.
 
-    Trunk   CLIP tower → projector → LLaMA                pixels and tokens → hidden states      frozen in stages 1 and 2
-    Head    post-interaction block → lm_head              hidden states → logits                 what stages 1 and 2 train
+    Trunk   CLIP tower → projector → LLaMA       pixels, tokens → hidden states    usually frozen
+    Head    post-interaction block → lm_head     hidden states → logits            trained
 
-Several heads can share one trunk: the policy and its reference in training, base and checkpoints in evaluation. Logits
-are computed only where an answer token is predicted, never for a whole row.
+Several heads can share one trunk: the policy and its reference in training, base and checkpoints in
+evaluation. Logits are computed only where an answer token is predicted, never for a whole row.
 
-    trunk, head = Trunk(config), Head(config, BlockConfig(...))
-    hidden, features = trunk(batch)                                       # (B, T, hidden), (N, P, C)
-    logits = head(*answer_states(head, hidden, features, batch))          # (B, A, vocab)
+    trunk, head = Trunk(config), Head(config, config.block_config())
+    hidden_states, image_features = trunk(batch)                     # (B, T, hidden), (N, P, C)
+    logits = head(*answer_states(head, hidden_states, image_features, batch))   # (B, A, vocab)
     tokens, first_logits = generate(trunk, [head, other_head], batch, max_new_tokens=128)[0]
 
-Loading and saving: checkpoint.py. `python model.py CKPT` talks to one (chat.py), `python model.py --explain` shows how one
-preference pair passes through it (explain.py). Follows LLaVA-1.5 (arXiv 2310.03744); parameter names are those of its files.
-Deliberately different: `Trunk` has no `lm_head`, and the image's place in the row is expanded by data.py.
+Follows LLaVA-1.5 (arXiv 2310.03744) and haotian-liu/LLaVA; parameter names are those of its files.
+Deliberately different: `Trunk` has no `lm_head`, and data.py expands the image's place in the row.
+Loading and saving: checkpoints/.
 """
-import glob
-import importlib.metadata
-import os
-import re
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
-from data import EOS, IMAGE_ID, Batch, batches_ahead, spare_cores
+from data import EOS, IMAGE_ID, SYSTEM, Batch, ImageProcessor, RowFormat, Tokenizer
 from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask
 from post_decoder import BlockConfig, PostInteractionBlock
-from readers import InputError
+from support.common import InputError, progress
+from support.graphs import RecordedStep
+from support.loading import batches_ahead, spare_cores
+
+GROUPS = ("clip", "projector", "llama", "post_decoder", "lm_head", "lora")    # what can be trained
+TRUNK = {"clip", "projector", "llama", "lora"}                                # in front of the head
+STAGES = {0: ("projector", "llama", "lm_head"),                               # train.py's --stage
+          1: ("post_decoder",),
+          2: ("post_decoder", "lm_head")}
 
 
 @dataclass
 class LlavaConfig:
-    """LLaVA-1.5's sizes. `projector_hidden_size` is ours: the projector's inner width where it is not LLaMA's."""
+    """LLaVA-1.5's sizes. `projector_hidden_size`: the projector's inner width, None = LLaMA's."""
     text: LlamaConfig = field(default_factory=LlamaConfig)
     vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     select_layer: int = -2
@@ -43,17 +47,20 @@ class LlavaConfig:
     max_length: int = 2048            # tokens of a row, image patches included
     pad_images: bool = True
 
-    def block(self, **changes):
+    def block_config(self, **changes):
         """BlockConfig of this model's sizes: the notes' block has LLaMA's heads and inner width."""
-        source = changes.get("image_source", "clip")
-        sizes = dict(hidden_size=self.text.hidden_size, intermediate_size=self.text.intermediate_size,
+        from_clip = changes.get("image_source", "clip") == "clip"
+        sizes = dict(hidden_size=self.text.hidden_size,
+                     intermediate_size=self.text.intermediate_size,
                      num_attention_heads=self.text.num_attention_heads,
-                     mm_hidden_size=self.vision.hidden_size if source == "clip" else self.text.hidden_size)
+                     mm_hidden_size=self.vision.hidden_size if from_clip else self.text.hidden_size)
         return BlockConfig(**{**sizes, **changes})
 
 
 class Trunk(nn.Module):
-    """Everything before the hidden states. Names: `vision_tower.*`, `model.mm_projector.*`, `model.layers.*`, …"""
+    """Everything before the hidden states: `vision_tower.*`, `model.mm_projector.*`,
+    `model.layers.*`.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -61,46 +68,92 @@ class Trunk(nn.Module):
         self.vision_tower = CLIPVisionTower(config.vision, config.select_layer)
         self.model = LlamaModel(config.text)
         inner = config.projector_hidden_size or config.text.hidden_size
-        self.model.mm_projector = nn.Sequential(nn.Linear(config.vision.hidden_size, inner), nn.GELU(),
-                                                nn.Linear(inner, config.text.hidden_size))
+        self.model.mm_projector = nn.Sequential(
+            nn.Linear(config.vision.hidden_size, inner), nn.GELU(),
+            nn.Linear(inner, config.text.hidden_size))
 
     def embed(self, batch):
-        """Token embeddings with the projected patches in their places, (B, T, hidden), and the features (N, P, C)."""
-        embeds = self.model.embed_tokens(batch.input_ids.clamp(min=0))
+        """Token embeddings with the projected patches in their places, and the tower's features."""
+        embeds = self.model.embed_tokens(batch.input_ids.clamp(min=0))              # (B, T, hidden)
         if batch.pixel_values is None:
             return embeds, None
-        features = self.vision_tower(batch.pixel_values)                                            # (N, P, C)
-        patches = self.model.mm_projector(features)[batch.image_index[batch.image_index >= 0]]
-        return embeds.masked_scatter((batch.input_ids == IMAGE_ID)[:, :, None], patches.to(embeds.dtype)), features
+        image_features = self.vision_tower(batch.pixel_values)                         # (N, P, C)
+        patches = self.model.mm_projector(image_features)[batch.image_index[batch.image_index >= 0]]
+        at_image = (batch.input_ids == IMAGE_ID)[:, :, None]
+        return embeds.masked_scatter(at_image, patches.to(embeds.dtype)), image_features
 
     def forward(self, batch, cache=None):
-        """Batch → hidden states (B, T, hidden) and tower features (N, P, C), None without images."""
-        embeds, features = self.embed(batch)
-        return self.model(embeds, batch.position, batch.branch, cache), features
+        """Batch → hidden states (B, T, hidden), image features (N, P, C) or None without images."""
+        embeds, image_features = self.embed(batch)
+        return self.model(embeds, batch.position, batch.branch, cache), image_features
 
-    def image_context(self, block, features):
-        """What the block (a BlockConfig or None) looks at: the tower's features or the projector's output, (N, P, C')."""
-        projected = block is not None and block.image_source == "projector" and features is not None
-        return self.model.mm_projector(features) if projected else features
+    def image_context(self, block_config, image_features):
+        """What a block looks at: the tower's features or the projector's output, (N, P, C')."""
+        if image_features is None or block_config is None or block_config.image_source == "clip":
+            return image_features
+        return self.model.mm_projector(image_features)
 
 
 class Head(nn.Module):
-    """Hidden states → logits. Names: `post_interaction_block.*` (absent when `block` is None) and `lm_head.weight`."""
+    """Hidden states → logits: `post_interaction_block.*` (absent without a config),
+    `lm_head.weight`.
+    """
 
-    def __init__(self, config, block=None):
+    def __init__(self, config, block_config=None):
         super().__init__()
-        self.post_interaction_block = PostInteractionBlock(block) if block else None
+        self.post_interaction_block = PostInteractionBlock(block_config) if block_config else None
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     @property
-    def block(self):
+    def block_config(self):
         return self.post_interaction_block.config if self.post_interaction_block else None
 
     def forward(self, h, context=None, mask=None, wanted=None):
-        """h (B, A, hidden) and what the block looks at → logits (B, A, vocab), or (n, vocab) of the n `wanted` (B, A)."""
+        """h (B, A, hidden) and what the block looks at → logits (B, A, vocab), or (n, vocab) of the
+        n `wanted` (B, A)."""
         if self.post_interaction_block is not None:
             h = self.post_interaction_block(h, context, mask)
         return self.lm_head(h if wanted is None else h[wanted])
+
+
+@dataclass
+class Llava:
+    """A model that is ready to use: what always travels together (checkpoints/load.py makes it)."""
+    trunk: Trunk
+    heads: dict                  # {name: Head}; the first is the base's own
+    tokenizer: Tokenizer
+    preprocess: ImageProcessor
+    fingerprint: str             # which base this is
+
+    @property
+    def head(self):
+        return next(iter(self.heads.values()))
+
+    @property
+    def config(self):
+        return self.trunk.config
+
+    def row_format(self, system=SYSTEM):
+        return RowFormat(self.tokenizer, self.preprocess, self.config.vision.num_patches,
+                         self.config.max_length, system)
+
+
+def set_trained(trunk, head, groups):
+    """Freeze everything but the named groups → {public name: parameter} of what is trained."""
+    modules = {"clip": [trunk.vision_tower], "projector": [trunk.model.mm_projector],
+               "llama": [trunk.model.embed_tokens, trunk.model.layers, trunk.model.norm],
+               "post_decoder": [head.post_interaction_block] if head.block_config else [],
+               "lm_head": [head.lm_head]}
+    for module in (trunk, head):
+        module.requires_grad_(False)
+    for group in groups:
+        for module in modules.get(group, []):
+            module.requires_grad_(True)
+    if "lora" in groups:
+        for name, parameter in trunk.named_parameters():
+            parameter.requires_grad_(".lora_" in name or parameter.requires_grad)
+    return {name: parameter for module in (trunk, head)
+            for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def take(x, index):
@@ -108,53 +161,74 @@ def take(x, index):
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def answer_states(head, hidden, image_context, batch, at=None):
-    """Inputs of `head` for the tokens `at` (B, A), by default those that predict an answer token (`batch.source`).
+def answer_states(head, hidden_states, context, batch, at=None):
+    """Inputs of `head` for the tokens `at` (B, A), by default those that predict an answer token.
 
-    image_context (N, P, C), see `Trunk.image_context`. A row without an image looks at zeros.
+    context (N, P, C), see `Trunk.image_context`. A row without an image looks at zeros.
     Returns h (B, A, hidden), context, mask.
     """
     at = batch.source if at is None else at
-    h, attention = take(hidden, at), head.block.attention if head.block else "none"
+    h = take(hidden_states, at)                                                     # (B, A, hidden)
+    attention = head.block_config.attention if head.block_config else "none"
     if attention == "cross":
-        if image_context is None:
-            return h, h.new_zeros(len(h), 1, head.block.mm_hidden_size), None
-        nothing = image_context.new_zeros(1, *image_context.shape[1:])      # found by image_index -1
-        return h, torch.cat((image_context, nothing))[batch.image_index], None
+        if context is None:
+            return h, h.new_zeros(len(h), 1, head.block_config.mm_hidden_size), None
+        nothing = context.new_zeros(1, *context.shape[1:])                 # found by image_index -1
+        return h, torch.cat((context, nothing))[batch.image_index], None
     if attention == "self":
-        return h, hidden, branch_mask(take(batch.position, at), take(batch.branch, at), batch.position, batch.branch)
+        position, branch = batch.position, batch.branch
+        mask = branch_mask(take(position, at), take(branch, at), position, branch)  # (B, 1, A, T)
+        return h, hidden_states, mask
     return h, None, None
+
+
+# ---- Greedy decoding -----------------------------------------------------------------------------
+
+
+@dataclass
+class Prompts:
+    """Open rows, and what the trunk has made of them."""
+    batch: Batch
+    cache: KVCache
+    hidden_states: torch.Tensor      # (B, T, hidden)
+    image_features: torch.Tensor     # (N, P, C)
 
 
 @torch.inference_mode()
 def generate(trunk, heads, batch, max_new_tokens):
     """Greedy answers of every branch of every row, by every head, from one pass over the prompts.
 
-    All branches of all rows advance together, one token each per step: a step is a forward of N tokens per row, whose
-    branch ids let each see the prefix and its own past. Returns one (tokens, first_logits) per head: tokens[row][branch]
-    is a list of ids without `</s>`, and first_logits (B, N, vocab) are those of the first answer token.
+    Returns one (tokens, first_logits) per head: tokens[row][branch] is a list of ids without
+    `</s>`, and first_logits (B, N, vocab) are those of the first answer token.
     """
     (B, T), N = batch.input_ids.shape, batch.ends.shape[1]
     parameter = next(trunk.parameters())
-    steps = min(max_new_tokens - 1, 16)                          # room for short answers; the cache grows for longer ones
+    steps = min(max_new_tokens - 1, 16)    # room for short answers; the cache grows for longer ones
     cache = KVCache(trunk.config.text, B, T + steps * N, parameter.device, parameter.dtype)
-    hidden, features = trunk(batch, cache)
-    return [_decode(trunk, head, batch, cache, hidden, features, max_new_tokens) for head in heads]
+    prompts = Prompts(batch, cache, *trunk(batch, cache))
+    return [decode(trunk, head, prompts, max_new_tokens) for head in heads]
 
 
-def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
-    """One head's answers. A step changes nothing but tensors in place, so that a GPU can record it once and replay it:
-    launching a step's thousand kernels one by one takes longer than running them."""
-    real, at = batch.ends >= 0, batch.ends.clamp(min=0)                                     # (B, N)
-    token, unfinished = torch.full_like(at, EOS), real.clone()
-    branch = torch.where(real, take(batch.branch, at), PAD_BRANCH)
+def decode(trunk, head, prompts, max_new_tokens):
+    """One head's answers to `prompts`, as `generate` returns them.
+
+    All branches of all rows advance together, a token each per step: a step is a forward of N
+    tokens per row, whose branch ids let each see the prefix and its own past. A step changes
+    tensors in place only, so that a GPU can record it (support/graphs.py).
+    """
+    batch, cache, states = prompts.batch, prompts.cache, prompts.hidden_states
+    is_branch, at = batch.ends >= 0, batch.ends.clamp(min=0)                                # (B, N)
+    cache.length, N = states.shape[1], at.shape[1]
+    token, unfinished = torch.full_like(at, EOS), is_branch.clone()                         # (B, N)
+    branch = torch.where(is_branch, take(batch.branch, at), PAD_BRANCH)
     position = take(batch.position, at)
-    context = trunk.image_context(head.block, features)
-    whole = head.block is not None and head.block.attention == "self"      # then the block looks at all hidden states
-    cache.length, N = prompt.shape[1], at.shape[1]
+    newest = torch.arange(N, device=token.device).expand_as(token)
+    context = trunk.image_context(head.block_config, prompts.image_features)
+    self_attends = head.block_config is not None and head.block_config.attention == "self"
 
-    def choose(hidden, at, seen):
-        logits = head(*answer_states(head, hidden, context, seen, at))                      # (B, N, vocab)
+    def choose(states, at, seen):
+        # The likeliest token of each branch that still speaks; a finished branch becomes padding.
+        logits = head(*answer_states(head, states, context, seen, at))               # (B, N, vocab)
         token.copy_(torch.where(unfinished, logits.argmax(-1), EOS))
         unfinished.logical_and_(token != EOS)
         position.add_(1)
@@ -162,126 +236,90 @@ def _decode(trunk, head, batch, cache, prompt, features, max_new_tokens):
         return logits
 
     def step():
-        hidden, _ = trunk(Batch(input_ids=token, position=position, branch=branch), cache)  # (B, N, hidden)
-        if whole:
-            history.index_copy_(1, cache.columns, hidden)
-            seen = Batch(position=cache.position, branch=cache.branch, image_index=batch.image_index)
-            choose(history, cache.columns.expand_as(token), seen)
+        # The tokens just chosen go through the trunk; a block with self-attention sees all states.
+        hidden_states, _ = trunk(Batch(input_ids=token, position=position, branch=branch), cache)
+        if self_attends:
+            states.index_copy_(1, cache.columns, hidden_states)
+            seen = Batch(position=cache.position, branch=cache.branch,
+                         image_index=batch.image_index)
+            choose(states, cache.columns.expand_as(token), seen)
         else:
-            choose(hidden, newest, Batch(position=position, branch=branch, image_index=batch.image_index))
+            seen = Batch(position=position, branch=branch, image_index=batch.image_index)
+            choose(hidden_states, newest, seen)
 
-    first_logits = choose(prompt, at, batch)
-    newest = torch.arange(N, device=token.device).expand_as(token)
-    tokens, graph, history = [token.clone()], None, prompt
+    first_logits = choose(states, at, batch)
+    tokens, run = [token.clone()], RecordedStep(step, token.is_cuda)
     while len(tokens) < max_new_tokens and unfinished.any():
-        grown = cache.reserve(N)
-        if whole and history.shape[1] < cache.capacity:
-            history = F.pad(history, (0, 0, 0, cache.capacity - history.shape[1]))
-        if token.is_cuda:
-            if recorded := graph is None or grown:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):       # others may pin the next batch meanwhile
-                    step()                              # nothing runs yet, but cache.length counts this step
-            graph.replay()
-            cache.length += 0 if recorded else N
-        else:
-            step()
+        moved = cache.reserve(N)
+        if self_attends and states.shape[1] < cache.capacity:
+            states = F.pad(states, (0, 0, 0, cache.capacity - states.shape[1]))
+        if not run(moved):
+            cache.length += N                       # a replay has not counted its tokens
         tokens.append(token.clone())
-    tokens = torch.stack(tokens, -1).tolist()                                               # (B, N, steps)
-    answers = [[ids[:ids.index(EOS)] if EOS in ids else ids for ids, r in zip(row, rs) if r]
-               for row, rs in zip(tokens, real.tolist())]
+    tokens = torch.stack(tokens, -1).tolist()                                        # (B, N, steps)
+    answers = [[ids[:ids.index(EOS)] if EOS in ids else ids
+                for ids, real in zip(row, branches, strict=True) if real]
+               for row, branches in zip(tokens, is_branch.tolist(), strict=True)]
     return answers, first_logits
 
 
-def versions():
-    """What has to fit together, for a message."""
-    try:
-        deepspeed = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        deepspeed = "(not installed)"
-    path, driver = "/proc/driver/nvidia/version", None
-    if os.path.isfile(path):
-        with open(path) as file:
-            driver = re.search(r"\d+\.\d+[.\d]*", file.readline())
-    return (f"torch {torch.__version__} (built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}), "
-            f"NVIDIA's driver {driver[0] if driver else '(not found)'}, deepspeed {deepspeed}")
-
-
-def can_use_gpu():
-    """Whether there is a GPU. InputError when there is one that this torch cannot use: nobody wants LLaVA on a CPU unasked."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    found = torch.cuda.is_available()
-    try:
-        if found:
-            torch.ones(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}").add_(1)          # it has kernels for this one
-        elif not hidden and glob.glob("/dev/nvidia[0-9]*"):
-            raise RuntimeError("torch finds none, but this machine has one")
-    except RuntimeError as e:
-        raise InputError(f"the GPU cannot be used ({str(e).splitlines()[0]}). Here are {versions()}: install a torch that is "
-                         "built for this GPU and driver (pytorch.org/get-started), or a newer driver; CUDA_VISIBLE_DEVICES= (empty) "
-                         "takes the CPU")
-    return found
-
-
-def device_and_dtype(bf16=None):
-    """Where this process computes, and in what: bf16 on a GPU and fp32 on a CPU unless told."""
-    on_gpu = can_use_gpu()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)               # or NCCL and a recorded step of decoding take the first GPU
-    return device, torch.bfloat16 if (on_gpu if bf16 is None else bf16) else torch.float32
-
-
 def rows_at_once(config, tokens, parameter):
-    """How many rows of that many tokens are decoded together: what a GPU has memory for, up to 64."""
+    """How many rows of that many tokens are decoded together: what a GPU has memory for, up to
+    64.
+    """
     if not parameter.is_cuda:
         return 16
-    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim              # numbers per token
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim   # per token
     passing = 8 * config.hidden_size + 4 * config.intermediate_size
     free, _ = torch.cuda.mem_get_info(parameter.device)
     return max(1, min(64, int(0.8 * free / (tokens * (kept + passing) * parameter.itemsize))))
 
 
-def answer(trunk, heads, dataset, max_new_tokens, batch_size=None, indices=None, title=None, words=[]):
-    """Greedy answers to a PackedDataset of open prompts, longest rows together; images are decoded ahead of the GPU.
+def answer(model, dataset, max_new_tokens, batch_size=None, indices=None, words=()):
+    """Greedy answers of every head of a Llava to a PackedDataset of open prompts, as they come.
 
-    `indices` are the rows to answer (default all), `batch_size` is in rows (default: what fits). Returns for every head
-    {index: ([text of each branch], logits of the tokens `words` at the first place (branches, words))}. Shows a progress bar
-    when it has a title.
+    `indices` are the rows to answer (default all), `batch_size` is in rows (default: what fits).
+    Yields (index, [for every head ([text of each branch], logits of the tokens `words` at the first
+    place (branches, words))]). Longest rows stand together; images are decoded ahead of the GPU.
     """
-    order = sorted(range(len(dataset)) if indices is None else indices, key=dataset.lengths().__getitem__, reverse=True)
-    parameter, results = next(trunk.parameters()), [{} for _ in heads]
-    if batch_size is None and order:
+    trunk, heads = model.trunk, list(model.heads.values())
+    parameter, lengths = next(trunk.parameters()), dataset.lengths()
+    order = range(len(dataset)) if indices is None else indices
+    order = sorted(order, key=lengths.__getitem__, reverse=True)
+    if not order:
+        return
+    if batch_size is None:
         row = dataset.row(order[0])
         tokens = len(row.input_ids) + min(max_new_tokens, 64) * len(row.ends)
         batch_size = rows_at_once(trunk.config.text, tokens, parameter)
-    starts = [0, *range(min(batch_size or 1, 16), len(order), batch_size or 1)]     # the first is short, so that a GPU starts early
-    chosen = [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)]) if start < end]
-    loader = batches_ahead(dataset, chosen, spare_cores())
+    # Short first: a GPU starts early
+    starts = [0, *range(min(batch_size, 16), len(order), batch_size)]
+    ends = [*starts[1:], len(order)]
+    chosen = [order[start:end] for start, end in zip(starts, ends, strict=True)]
 
-    def give(rows, batch):
+    def ask(rows, batch):
         try:
-            answered = generate(trunk, heads, batch.to(parameter.device, parameter.dtype), max_new_tokens)
+            batch = batch.to(parameter.device, parameter.dtype)
+            answered = generate(trunk, heads, batch, max_new_tokens)
         except torch.OutOfMemoryError:
             answered = None                     # long answers; half as many rows need half as much
         if answered is None and len(rows) == 1:
-            raise InputError(f"the GPU has no memory for one row of {batch.input_ids.shape[1]} tokens and {max_new_tokens} new ones for "
-                             f"each of its {batch.ends.shape[1]} branches; lower --max_new_tokens")
+            length, branches = batch.input_ids.shape[1], batch.ends.shape[1]
+            raise InputError(f"the GPU has no memory for a row of {length} tokens and "
+                             f"{max_new_tokens} new ones for each of its {branches} branches; "
+                             "lower --max_new_tokens")
         if answered is None:
-            return [give(part, dataset[part]) for part in (rows[:len(rows) // 2], rows[len(rows) // 2:])]
-        for result, (tokens, first_logits) in zip(results, answered):
-            for i, ids, logits in zip(rows, tokens, first_logits[..., words].float().cpu()):
-                result[i] = [dataset.tokenizer.decode(t) for t in ids], logits[:len(ids)]
+            for part in (rows[:len(rows) // 2], rows[len(rows) // 2:]):
+                yield from ask(part, dataset[part])
+            return
+        results = [[] for _ in rows]
+        for tokens, first_logits in answered:
+            first_logits = first_logits[..., list(words)].float().cpu()
+            for result, ids, logits in zip(results, tokens, first_logits, strict=True):
+                texts = [model.tokenizer.decode(t) for t in ids]
+                result.append((texts, logits[:len(ids)]))
+        yield from zip(rows, results, strict=True)
 
-    for rows, batch in zip(chosen, tqdm(loader, title, disable=title is None, unit="batch", leave=False)):
-        give(rows, batch)
-    return results
-
-
-if __name__ == "__main__":
-    import sys
-    if "--explain" in sys.argv:
-        import explain as program
-    else:
-        import chat as program
-    program.run_program(program.main)
+    loader = progress(batches_ahead(dataset, chosen, spare_cores()), "asking", unit="batch")
+    for rows, batch in zip(chosen, loader, strict=True):
+        yield from ask(rows, batch)

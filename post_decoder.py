@@ -1,20 +1,22 @@
-"""The post-interaction block: a second look at the image, between LLaMA's last hidden states and `lm_head`.
+"""The post-interaction block: a second look at the image, in front of `lm_head`.
 
-    h   = LLaMA's hidden states after the final norm       (B, T, hidden)
-    F   = CLIP patch features, before the projector         (B, P, mm_hidden)
-    f   = LayerNorm(align(F))                               align = Linear → GELU(erf) → Linear            [eq. 1]
-    a   = h + Attention(q = LN1(h), kv = f)                 no biases, no mask, scale head_dim^-0.5        [eq. 2]
-    b   = a + W2 SiLU(W1 LN2(a))                                                                           [eq. 3]
-    out = b (+ h with `outer_residual`)                                                                    [eq. 4]
+    h   = LLaMA's hidden states after the final norm    (B, T, hidden)
+    F   = CLIP patch features, before the projector      (B, P, mm_hidden)
+    f   = LayerNorm(align(F))                            align = Linear → GELU(erf) → Linear [eq. 1]
+    a   = h + Attention(q = LN1(h), kv = f)              no biases, no mask, scale 1/√D      [eq. 2]
+    b   = a + W2 SiLU(W1 LN2(a))                                                             [eq. 3]
+    out = b (+ h with `outer_residual`)                                                      [eq. 4]
 
-LLaMA has read the image only through the projector; whatever that lost, or the decoder forgot in favour of its prior
-about what usually stands beside what, can be asked for again here. The block is small and everything before it stays
-frozen, so that training it needs one pass over the data and no second model.
+LLaMA has read the image only through the projector. What the projector lost, or what the decoder
+forgot because it knows too well what usually stands beside what, can be asked for again here. The
+block is small and everything before it stays frozen, so training it needs one pass over the data
+and no second model.
 
-The block and its ablations are those of the training notes that this project started from (their files hold it as
-`post_interaction_block.*`); our default differs from the notes in two ways. It starts as the identity (zero `out_proj`
-and `mlp.fc2`, no outer residual), so policy = reference at step 0; the original adds h once more, which doubles h at the
-start. And blocks are chained when `depth` > 1, where the original feeds h to every one of them.
+The block and its ablations are those of the training notes that this project started from (their
+files hold it as `post_interaction_block.*`). Our default differs in two ways. It starts as the
+identity (zero `out_proj` and `mlp.fc2`, no outer residual), so policy = reference at step 0; the
+original adds h once more, which doubles h at the start. And blocks are chained when `depth` > 1;
+the original feeds h to every one of them.
 """
 from dataclasses import dataclass
 
@@ -68,15 +70,16 @@ class BlockAttention(nn.Module):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
 
     def split(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                                # (B, H, T|S, D)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                # (B, H, T|S, D)
 
     def forward(self, query, context, mask=None):
-        q, k, v = self.split(self.q_proj(query)), self.split(self.k_proj(context)), self.split(self.v_proj(context))
+        q = self.split(self.q_proj(query))                                          # (B, H, T, D)
+        k, v = self.split(self.k_proj(context)), self.split(self.v_proj(context))   # (B, H, S, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, query, context):
-        """What the fused attention above keeps to itself: softmax(q kᵀ / √D) without a mask, fp32, (B, H, T, S)."""
+        """softmax(q kᵀ / √D) without a mask, in fp32, (B, H, T, S): `forward` never shows it."""
         q, k = self.split(self.q_proj(query)).float(), self.split(self.k_proj(context)).float()
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
@@ -112,24 +115,26 @@ class Block(nn.Module):
         if self.attention == "none":
             return h + self.mlp(self.layer_norm1(h))
         if self.attention == "cross":
-            a = h + self.cross_attn(self.layer_norm1(h), context)                                   # eq. 2
+            a = h + self.cross_attn(self.layer_norm1(h), context)                            # eq. 2
         else:
             a = h + self.self_attn(self.layer_norm1(h), self.layer_norm1(context), mask)
-        return a + self.mlp(self.layer_norm2(a))                                                    # eq. 3
+        return a + self.mlp(self.layer_norm2(a))                                             # eq. 3
 
 
 class PostInteractionBlock(nn.Module):
     """See the module docstring. Parameter names are those of the notes' files.
 
-    `forward(h, context, mask=None)`: h (B, T, hidden) are the positions asked for. `context` is what they look at: the
-    image features (B, P, mm_hidden) for cross-attention; for self-attention all hidden states of the rows (B, S, hidden),
-    with `mask` (B, 1, T, S) from `llama.branch_mask`; unused without attention.
+    `forward(h, context, mask=None)`: h (B, T, hidden) are the positions asked for. `context` is
+    what they look at. For cross-attention it is the image features (B, P, mm_hidden); for
+    self-attention all hidden states of the rows (B, S, hidden), with `mask` (B, 1, T, S) from
+    `llama.branch_mask`; without attention it is not used.
     """
 
     def __init__(self, config):
         super().__init__()
         if config.attention == "self" and config.depth > 1:
-            raise ValueError("self-attention needs the previous block's output at every position: use depth 1")
+            raise ValueError("self-attention needs the previous block's output at every position: "
+                             "use depth 1")
         self.config = config
         if config.attention == "cross":
             self.align = Align(config)
@@ -138,21 +143,24 @@ class PostInteractionBlock(nn.Module):
 
     def is_identity(self):
         """Whether the output is h whatever the image, as at the start of training."""
-        written = [w for name, w in self.named_parameters() if name.endswith(("out_proj.weight", "fc2.weight")) and "blocks" in name]
-        return not self.config.outer_residual and not any(w.any() for w in written)
+        last = ("out_proj.weight", "fc2.weight")
+        written = [weight for name, weight in self.blocks.named_parameters() if name.endswith(last)]
+        return not self.config.outer_residual and not any(weight.any() for weight in written)
 
     def forward(self, h, context, mask=None):
         context = self.aligned(context)
         out = h
         for block in self.blocks:
             out = block(out, context, mask)
-        return out + h if self.config.outer_residual else out                                       # eq. 4
+        return out + h if self.config.outer_residual else out                                # eq. 4
 
     def aligned(self, context):
-        return self.image_norm(self.align(context)) if self.config.attention == "cross" else context            # eq. 1
+        if self.config.attention != "cross":
+            return context
+        return self.image_norm(self.align(context))                                         # eq. 1
 
     def attention_weights(self, h, context):
-        """Where cross-attention looks: h (B, T, hidden), image features (B, P, mm_hidden) → (B, depth · H, T, P)."""
+        """Where cross-attention looks: (B, T, hidden), (B, P, mm_hidden) → (B, depth · H, T, P)."""
         context, weights = self.aligned(context), []
         for block in self.blocks:
             weights.append(block.cross_attn.weights(block.layer_norm1(h), context))

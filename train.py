@@ -1,367 +1,345 @@
-"""Train LLaVA-1.5 against hallucination: from flags and files to a trained checkpoint, one run or a sweep.
+"""Train LLaVA-1.5 against hallucination: from flags and files to a trained checkpoint, a run or a
+sweep.
 
-    deepspeed train.py --stage 2                                    # the tiny world: no files needed, minutes on a CPU
-    deepspeed train.py --stage 1 --model_name_or_path llava-v1.5-7b --vision_tower clip-vit-large-patch14-336 \\
-        --vg_path VG --desc_data_path desc_data.json --pope_data_path pope_data.json
-    deepspeed train.py --stage 1 --block full,no_cross_attn --learning_rate 2e-7 5e-7 1e-6      # a sweep: six runs
-    deepspeed train.py --lora_r 128 --lora_alpha 256 --gradient_checkpointing …                 # HA-DPO itself
+    deepspeed train.py --stage 2                # the tiny world: no files needed, minutes on a CPU
+    deepspeed train.py --stage 1 --model_name_or_path llava-v1.5-7b \\
+        --vision_tower clip-vit-large-patch14-336 --vg_path VG \\
+        --desc_data_path desc_data.json --pope_data_path pope_data.json
+    deepspeed train.py --stage 1 --block full,no_cross_attn --learning_rate 2e-7 5e-7    # a sweep
+    deepspeed train.py --lora_r 128 --lora_alpha 256 --gradient_checkpointing …     # HA-DPO itself
     deepspeed train.py --tune post_decoder --loss sft --data_path llava.json --image_folder images …
 
-    --tune     groups of tensors: clip, projector, llama, post_decoder, lm_head, lora; what is not named is frozen
-    --stage    names for three choices: 0 supervised projector,llama,lm_head (makes the tiny world's base);
-               1 DPO of post_decoder; 2 DPO of post_decoder,lm_head, from stage 1's result if there is one beside the output
-    --loss     sft on LLaVA conversations; dpo, ipo or hinge (dpo.py) on HA-DPO's pairs
+    --tune     groups of tensors: clip, projector, llama, post_decoder, lm_head, lora; the rest is
+               frozen
+    --stage    names for three choices. 0: supervised, projector, llama, lm_head (the tiny world's
+               base). 1: DPO of post_decoder. 2: DPO of post_decoder and lm_head, from stage 1's
+               result if there is one beside the output
+    --loss     sft on LLaVA's conversations; dpo, ipo or hinge (dpo.py) on HA-DPO's pairs
 
-Without --model_name_or_path everything is tiny: the world, its vision tower, its base model and the preference data mined
-from that base's mistakes are made once, beside --output_dir, and found again. A run writes --output_dir (checkpoint.py)
-with `metrics.jsonl`, one line per optimizer step, and `training.svg`, the same to look at (plots.py); a run that was
-interrupted goes on with --resume (resume.py).
+Without --model_name_or_path everything is tiny (tiny/). A run writes --output_dir: what was
+trained, `metrics.jsonl`, and `training.svg`, the same to look at. An interrupted run goes on with
+--resume.
 
-HA-DPO (arXiv 2311.16839) with the direct loss instead of the HF Trainer. Deliberately different: no reference model is
-loaded (objective.py).
+HA-DPO (arXiv 2311.16839) with the loss written out, through DeepSpeed's engine and without the HF
+Trainer. Deliberately different: no reference model is loaded (dpo.py), both answers of a pair
+stand in one row (data.py), and a frozen trunk runs once for all epochs (training/features.py).
 """
 import argparse
 import copy
+import dataclasses
 import itertools
-import json
 import math
 import os
+import shlex
 import shutil
-from dataclasses import asdict, dataclass
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # spinning threads stall for seconds where cores are shared
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import fill, fingerprint, is_trained, load_base, load_trained, save_base, save_trained
-from data import ImageProcessor, PackedDataset, Tokenizer, check_images, spare_cores
-from features import keep_features
-from loop import cosine, deepspeed_config, reference_logps, run_steps, start_deepspeed, start_engine
-from lora import add_lora
-from model import Head, Trunk
-from objective import GROUPS, STAGES, TRUNK, Objective, checkpoint_layers, set_trained
-from plots import draw_training, read_run
+from checkpoints.identity import identity_of
+from checkpoints.load import load_base, load_trained
+from checkpoints.save import save_base, save_trained
+from data import IGNORE, PackedDataset, read_hadpo
+from dpo import Loss, Objective
+from model import TRUNK, Head, Llava, set_trained
 from post_decoder import VARIANTS, PostInteractionBlock
-from readers import InputError, image_paths, read_hadpo, read_llava, run_program
-from resume import Interruptions, begin, discard, is_finished, load_state, say
-from tiny import TINY, prepare_tiny_world
-
-# Defaults with a real model: LLaVA's for supervised training (0), the training notes' for the head (1, 2), HA-DPO's for
-# DPO of the trunk. The tiny world's are in tiny.py.
-REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=[5e-7], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
-REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-
-
-@dataclass
-class Base:
-    """A base, everything frozen, and its fingerprint. The trunk is still in its files, where `fill` finds it."""
-    trunk: Trunk
-    head: Head
-    tokenizer: Tokenizer
-    preprocess: ImageProcessor
-    fingerprint: str
-
-
-def load(args, dtype, device):
-    trunk, head, tokenizer, preprocess = load_base(args.model_name_or_path, args.vision_tower, dtype, device, read_trunk=False)
-    return Base(trunk, head, tokenizer, preprocess, fingerprint(trunk, head))
-
-
-def initial_head(args, base):
-    """The head that a run starts from, a copy → Head, what to call it, whether an lm_head of its own came with --init."""
-    torch.manual_seed(args.seed)
-    parameter = base.head.lm_head.weight
-    if args.init != "identity":
-        head = load_trained(args.init, base.trunk.config, base.head, base.fingerprint, parameter.dtype, parameter.device)
-        return copy.deepcopy(head), args.init, head.lm_head is not base.head.lm_head
-    head = copy.deepcopy(base.head)
-    if head.block:
-        return head, "the base's own block", False
-    if args.block != "head":
-        with parameter.device:
-            block = PostInteractionBlock(base.trunk.config.block(**VARIANTS[args.block]))
-        head.post_interaction_block = block.to(parameter.dtype)
-        return head, "an identity block", False
-    return head, "the base", False
+from support.common import InputError, run_program, say
+from support.images import check_images
+from tiny.prepare import prepare_tiny_world
+from training.batches import micro_batches
+from training.blocks import refuse_other_block
+from training.conversations import image_paths, read_llava
+from training.engine import (
+    Schedule,
+    checkpoint_layers,
+    configure,
+    memory_advice,
+    start_deepspeed,
+    start_engine,
+)
+from training.features import keep_features, load_trunk
+from training.flags import combinations, parse_flags
+from training.guards import Guards, warn_of_cut_rows
+from training.log import StepLog, announce, mean_of_all_ranks
+from training.lora import add_lora
+from training.picture import draw_training
+from training.reference import reference_logps
+from training.resume import (
+    Interruptions,
+    claimed_folder,
+    is_finished,
+    load_state,
+    resume_command,
+    save_state,
+)
 
 
-def combinations(args):
-    """The runs of a command: one per block variant and learning rate. What varies is part of the output folder's name."""
-    runs = []
-    for block, rate in itertools.product(dict.fromkeys(args.block), dict.fromkeys(args.learning_rate)):
-        output_dir = args.output_dir + f"-{block}" * (len(args.block) > 1) + f"-{rate:g}" * (len(args.learning_rate) > 1)
-        runs.append(argparse.Namespace(**vars(args) | dict(block=block, learning_rate=rate, output_dir=output_dir)))
-    return runs
+@dataclasses.dataclass
+class Run:
+    """One run, and what always travels with it."""
+    args: argparse.Namespace               # its flags
+    config: dict                           # DeepSpeed's
+    model: Llava                           # the base; its trunk may still be in its files
+    rows: torch.utils.data.Dataset         # PackedDataset, or KeptFeatures of a frozen trunk
+    device: torch.device
+    dtype: torch.dtype
+    head: Head = None                      # the policy; what it starts from:
+    start_name: str = None
+    own_lm_head: bool = None
+    trained: dict = None                   # {public name: parameter}
+    identity: dict = None                  # what it is made from (checkpoints/identity.py)
+
+    @property
+    def steps(self):
+        """How many steps of the optimizer the run takes."""
+        epoch = len(self.rows) / self.config["train_batch_size"]                    # in steps
+        return self.args.max_steps or math.ceil(self.args.num_train_epochs * epoch)
+
+    @property
+    def folder(self):
+        """What the run needs until it is finished."""
+        return self.args.output_dir + ".run"
+
+
+# ---- What is loaded ------------------------------------------------------------------------------
 
 
 def train(args):
-    """All runs of a command, from files to files. One load of the base and one frozen pass serve them all."""
-    deepspeed, rank, world_size, device = start_deepspeed()
-    config = deepspeed_config(args, world_size, device.type == "cuda")
+    """All runs of a command, from files to files: one load and one frozen pass serve them all."""
+    deepspeed, device = start_deepspeed()
+    config = configure(args, deepspeed, device)
     dtype = torch.bfloat16 if config["bf16"].get("enabled") else torch.float32
+
+    # The data.
     if args.loss == "sft":
         examples = read_llava(args.data_path, args.image_folder)
     else:
-        examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path, args.keep_correct, args.seed)
+        examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path,
+                              args.keep_correct, args.seed)
     if not examples:
-        raise InputError("the data hold no examples; with --keep_correct also rows that the base answered right are used")
-    runs = [run for run in combinations(args) if not (args.resume and is_finished(run))]
+        raise InputError("the data hold no examples; with --keep_correct also rows that the base "
+                         "answered right are used")
+
+    # The base. Every process runs the tower in every step, so a batch without an image gets one.
+    def load():
+        return load_base(args.model_name_or_path, args.vision_tower, dtype, device,
+                         read_trunk=False)
+
+    model = load()
+    dataset = PackedDataset(examples, model.row_format(), always_image=True)
+    runs = [Run(one, config, model, dataset, device, dtype) for one in combinations(args)]
+
+    # Of a command that goes on, the runs that are not finished yet.
+    if args.resume:
+        runs = [run for run in runs if not is_finished(run, initial_head)]
     if not runs:
         return
-    base = load(args, dtype, device)
-    vision = base.trunk.config.vision
-    dataset = PackedDataset(examples, base.tokenizer, base.preprocess, vision.num_patches, base.trunk.config.max_length,
-                            always_image=True)      # every process runs the tower in every step, and projector and tower learn
-    if cut := dataset.cut_rows():
-        say(f"{cut:,} of {len(dataset):,} rows are longer than the model's {dataset.max_length} tokens: their answers are cut at "
-            "the end")
-    rows = {run.output_dir: dataset for run in runs}
+    warn_of_cut_rows(dataset)
+
+    # A frozen trunk runs once; what it made of the rows is kept for all epochs and all runs.
     if args.cache_features and not TRUNK & set(args.tune):
-        kept = {}       # by what a block reads: its image source, and whether it attends to the row itself
-        for variant, first in {run.block: run for run in runs}.items():
-            block = initial_head(first, base)[0].block
-            kind = block and (block.image_source, block.attention == "self")
-            if kind not in kept:
-                kept[kind] = keep_features(args.cache_features, dataset, base.trunk, block, base.fingerprint, 16, rank, world_size)
-            rows |= {run.output_dir: kept[kind] for run in runs if run.block == variant}
-        base.trunk.to("meta")       # if it was needed, its work is done and its memory is free
-        torch.cuda.empty_cache()
+        keep_features_of(runs)
     else:
         check_images(image_paths(examples))
     for n, run in enumerate(runs):
-        if rows[run.output_dir] is dataset:
-            base = load(args, dtype, device) if n else base         # the run before has trained it
-            fill(base.trunk)
-        train_one(deepspeed, run, config, base, rows[run.output_dir], device, dtype)
+        if run.rows is dataset and n:
+            run.model = load()                                # the run before has trained the first
+        run.head, run.start_name, run.own_lm_head = initial_head(run)
+        if run.rows is dataset:
+            load_trunk(run.model.trunk)
+        train_run(deepspeed, run)
 
 
-def train_one(deepspeed, args, config, base, rows, device, dtype):
-    """One run: head, objective, optimizer, engine, steps, checkpoint."""
-    head, start, brought = initial_head(args, base)
+def keep_features_of(runs):
+    """One frozen pass per kind of block; every run gets the rows that its block reads."""
+    kept = {}
+    for run in runs:
+        block_config = initial_head(run)[0].block_config
+        kind = block_config and (block_config.image_source, block_config.attention == "self")
+        if kind not in kept:
+            kept[kind] = keep_features(run.args.cache_features, run.rows, run.model, block_config)
+        run.rows = kept[kind]
+    runs[0].model.trunk.to("meta")          # its work is done, and its memory is free
+    torch.cuda.empty_cache()
+
+
+def initial_head(run):
+    """A copy of the head that a run starts from, its name, whether it has its own lm_head."""
+    args, base = run.args, run.model
+    torch.manual_seed(args.seed)
+    if args.init == "identity":
+        head, name = base.head, "the base's own block" if base.head.block_config else "the base"
+    else:
+        head, name = load_trained(args.init, base, run.dtype, run.device), args.init
+    own_lm_head = head.lm_head is not base.head.lm_head
+    head = copy.deepcopy(head)
+    if head.block_config:
+        refuse_other_block(args.block, head.block_config, f"--init {args.init}")
+        return head, name, own_lm_head
+
+    # None was brought along, so a block is made where it is trained.
+    args.block = args.block or ("full" if "post_decoder" in args.tune else "head")
+    if args.block != "head":
+        with run.device:
+            block = PostInteractionBlock(base.config.block_config(**VARIANTS[args.block]))
+        head.post_interaction_block = block.to(run.dtype)
+        name = "an identity block" + (f" over {name}" if args.init != "identity" else "")
+    return head, name, own_lm_head
+
+
+# ---- One run -------------------------------------------------------------------------------------
+
+
+def train_run(deepspeed, run):
+    """What is trained, the engine, the loop, the checkpoint."""
+    args, config, trunk = run.args, run.config, run.model.trunk
+
+    # What is trained; everything else is frozen.
+    run.identity = identity_of(run.model, run.head, run.rows.examples)
     if "lora" in args.tune:
-        add_lora(base.trunk.model, args.lora_r, args.lora_alpha, args.lora_dropout)
-    trained = set_trained(base.trunk, head, args.tune)
-    trunk = base.trunk if isinstance(rows, PackedDataset) else None
-    if trunk and args.gradient_checkpointing:
+        add_lora(trunk.model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    run.trained = set_trained(trunk, run.head, args.tune)
+
+    # The loss is a module around trunk and head; kept features stand in for the trunk.
+    in_the_loop = isinstance(run.rows, PackedDataset)
+    if in_the_loop and args.gradient_checkpointing:
         checkpoint_layers(trunk.model)
-    objective = Objective(trunk, head, args.loss, args.beta, args.sft_weight, args.label_smoothing)
-    global_batch, zero_stage = config["train_batch_size"], config.get("zero_optimization", {}).get("stage", 0)
-    steps = args.max_steps or math.ceil(args.num_train_epochs * len(rows) / global_batch)
-    warmup = math.ceil(args.warmup_ratio * steps)
-    facts = {"base": base.fingerprint, "examples": len(rows), "steps": steps, "global batch": global_batch,
-             "ZeRO stage": zero_stage, "dtype": str(dtype).removeprefix("torch."),
-             "gradient_clipping": config.get("gradient_clipping", 0)}
-    state, lock = begin(args, facts)        # which is held until this function ends
-    say(f"{args.loss if args.stage is None else f'stage {args.stage}'} from {start}: {len(trained)} tensors trained "
-        f"({', '.join(args.tune)}, {sum(p.numel() for p in trained.values()):,} numbers); {len(rows):,} examples, {steps} steps of "
-        f"{global_batch} = {config['train_micro_batch_size_per_gpu']} × {config['gradient_accumulation_steps']} × "
-        f"{dist.get_world_size()}, learning rate {args.learning_rate:g}, {facts['dtype']}, ZeRO-{zero_stage}")
-    engine = start_engine(deepspeed, objective, trained, config, args.learning_rate, args.weight_decay,
-                          lambda step: cosine(step, steps, warmup))
-    reference = reference_logps(engine, rows, steps, args, device, dtype) if objective.needs_table else None
-    first = load_state(engine, args.output_dir + ".run", state) if state else 0
-    with Interruptions() as interruptions:
-        run_steps(engine, rows, first, steps, args, trained, reference, interruptions, device, dtype)
-        # What is not the base's own: what is trained now, and what --init brought along.
-        ours = {name for name in head.state_dict() if brought or name.startswith("post_interaction_block.")} | set(trained)
-        save(deepspeed, args, base, head, ours, steps, zero_stage)
-        engine.destroy()
+    loss = Loss(args.loss, args.beta, args.sft_weight, args.label_smoothing)
+    objective = Objective(trunk if in_the_loop else None, run.head, loss)
+
+    with claimed_folder(run) as state:
+        announce(run, run.start_name)
+
+        # The engine, and a reference where the trunk itself is trained; then the loop.
+        warmup = math.ceil(args.warmup_ratio * run.steps)
+        schedule = Schedule(args.learning_rate, args.weight_decay, run.steps, warmup)
+        engine = start_engine(deepspeed, objective, run.trained, config, schedule)
+        reference = reference_logps(run, engine) if objective.needs_reference_logps else None
+        start = load_state(engine, run.folder, state) if state else 0
+        with Interruptions() as interruptions:
+            loop(run, engine, reference, start, interruptions)
+            save(deepspeed, run)
+            engine.destroy()
     if interruptions.noted:
         raise SystemExit(130)           # between two runs of a sweep
 
 
-def save(deepspeed, args, base, head, ours, steps, zero_stage):
-    """Gather the tensors named in `ours`, one at a time, and let rank 0 write them; a changed trunk as a whole model."""
-    parameters = dict(base.trunk.named_parameters()) | dict(head.named_parameters())
-    whole, tensors = bool(TRUNK - {"lora"} & set(args.tune)), {}
-    for name in parameters if whole else [n for n in parameters if n in ours]:
-        with deepspeed.zero.GatheredParameters([parameters[name]], enabled=zero_stage == 3):
+def loop(run, engine, reference, start, interruptions):
+    """The steps of a run, from `start` on. Ctrl-C ends it behind a step, with exit code 130."""
+    args, accumulation = run.args, engine.gradient_accumulation_steps()
+    batches, guards = micro_batches(run, engine, start), Guards(run)
+    with StepLog(run, engine, start) as log:
+        for step in range(start + 1, run.steps + 1):
+            # Dropout follows from (seed, step, rank), so a run that goes on draws the same.
+            seed = np.random.SeedSequence([args.seed, step, dist.get_rank()])
+            torch.manual_seed(int(seed.generate_state(1)[0]))
+
+            # The next micro batches. SFT's loss is a mean over the answer tokens of all of them.
+            batch_group, answer_tokens, seen = itertools.islice(batches, accumulation), None, []
+            if args.loss == "sft":
+                batch_group = list(batch_group)
+                answer_tokens = answer_tokens_per_micro_batch(batch_group)
+
+            # Forward, loss and backward. The engine's step only counts before the last one.
+            for ids, batch in batch_group:
+                if seen:
+                    engine.step()
+                known = None if reference is None else reference[ids]
+                loss, metrics = engine(batch, known, answer_tokens)
+                engine.backward(loss)
+                seen.append((ids, metrics))
+
+            # The optimizer and the cosine take their step.
+            learning_rate, norm = engine.get_lr()[0], gradient_norm(run.trained)
+            engine.step()
+            values = mean_of_all_ranks(seen)
+            values["learning_rate"] = learning_rate
+            values["grad_norm"] = float(engine.get_global_grad_norm() or norm)
+            values["pairs_per_second"] = engine.train_batch_size() / log.seconds()
+
+            # Whatever is wrong with this step ends the run; else it is logged, and perhaps saved.
+            guards.check(step, values, seen)
+            log.write(step, values)
+            stopped = interruptions.heard_by_any(run.device)
+            if stopped or args.save_steps and step % args.save_steps == 0:
+                save_state(engine, run.folder, step)
+            if stopped:
+                break
+    if start < run.steps and stopped:
+        say(f"stopped after step {step} of {run.steps}; go on with: {resume_command()}")
+        raise SystemExit(130)
+    log.summary()
+
+
+def answer_tokens_per_micro_batch(batch_group):
+    """Answer tokens of the global batch, over its micro batches: the engine takes their mean."""
+    answer_tokens = sum((batch.target != IGNORE).sum() for _, batch in batch_group)
+    dist.all_reduce(answer_tokens)
+    return answer_tokens / (len(batch_group) * dist.get_world_size())
+
+
+def gradient_norm(trained):
+    """Norm of the gradients that are whole on this process; of others only the engine knows it."""
+    gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+# ---- What is saved -------------------------------------------------------------------------------
+
+
+def save(deepspeed, run):
+    """Gather what is to be saved, a tensor at a time, and let rank 0 write it."""
+    args, model = run.args, run.model
+    parameters = dict(model.trunk.named_parameters()) | dict(run.head.named_parameters())
+
+    # A changed trunk is saved as a whole model. Else what is not the base's own: what is trained
+    # now, and what --init brought along.
+    whole = bool(TRUNK - {"lora"} & set(args.tune))
+    ours = {name for name in run.head.state_dict()
+            if run.own_lm_head or name.startswith("post_interaction_block.")} | set(run.trained)
+    in_pieces, tensors = run.config["zero_optimization"]["stage"] == 3, {}
+    for name in [name for name in parameters if whole or name in ours]:
+        with deepspeed.zero.GatheredParameters([parameters[name]], enabled=in_pieces):
             if dist.get_rank() == 0:
                 tensors[name] = parameters[name].detach().cpu().clone()
+
+    # Rank 0 writes the checkpoint, the log of its steps and their picture.
     if dist.get_rank() == 0:
-        arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if v is not None}
+        arguments = {name: list(value) if isinstance(value, tuple) else value
+                     for name, value in vars(args).items() if value is not None}
         if whole:
-            save_base(args.output_dir, base.trunk, head, base.tokenizer, tensors, base.preprocess, arguments)
+            trained = dataclasses.replace(model, heads={"trained": run.head})
+            save_base(args.output_dir, trained, tensors, arguments, run.identity)
         else:
-            info = {"stage": args.stage, "base": args.model_name_or_path, "vision_tower": args.vision_tower,
-                    "fingerprint": base.fingerprint, "block": asdict(head.block) if head.block else None, "steps": steps,
-                    "arguments": arguments}
-            save_trained(args.output_dir, tensors, info, base.tokenizer)
+            block_config = run.head.block_config
+            info = {"stage": args.stage, "base": args.model_name_or_path,
+                    "vision_tower": args.vision_tower, "fingerprint": model.fingerprint,
+                    "block": dataclasses.asdict(block_config) if block_config else None,
+                    "identity": run.identity, "steps": run.steps, "arguments": arguments}
+            save_trained(args.output_dir, tensors, info, model.tokenizer)
         metrics = os.path.join(args.output_dir, "metrics.jsonl")
-        shutil.copyfile(os.path.join(args.output_dir + ".run", "metrics.jsonl"), metrics)
-        with open(os.path.join(args.output_dir, "training.svg"), "w", encoding="utf-8") as file:
+        shutil.copyfile(os.path.join(run.folder, "metrics.jsonl"), metrics)
+        picture = os.path.join(args.output_dir, "training.svg")
+        with open(picture, "w", encoding="utf-8") as file:
             file.write(draw_training([metrics, *args.plot]))
-        discard(args.output_dir + ".run")
     dist.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def names_of(*allowed):
-    """An argparse type: names, separated by commas, out of those allowed."""
-    def names(text):
-        if set(text.split(",")) <= set(allowed):
-            return text.split(",")
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(allowed)}; several are separated by commas")
-    return names
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group("what is trained")
-    group.add_argument("--stage", type=int, choices=STAGES, help="0 supervised base, 1 block, 2 block and lm_head; default 2")
-    group.add_argument("--tune", type=names_of(*GROUPS), help=f"instead of a stage: groups out of {','.join(GROUPS)}")
-    group.add_argument("--block", type=names_of("head", *VARIANTS), help="the block's variant, or several (a,b,c), a run each; "
-                       "head = no block; default: full where post_decoder is tuned")
-    group.add_argument("--init", help="trained checkpoint to start from, or identity; default for stage 2: stage1 beside "
-                       "--output_dir, if there is one")
-    group.add_argument("--loss", choices=["sft", "dpo", "ipo", "hinge"], help="default: sft for stage 0, else dpo")
-    group.add_argument("--beta", type=float, default=0.1, help="of dpo, ipo and hinge")
-    group.add_argument("--label_smoothing", type=float, default=0.0, help="conservative DPO: the share of wrong labels")
-    group.add_argument("--sft_weight", type=float, help="weight of the chosen answer's mean NLL beside a preference loss")
-    group.add_argument("--lora_r", type=int, help="rank; without --tune: HA-DPO, that is --tune lora; default 128")
-    group.add_argument("--lora_alpha", type=float, default=256)
-    group.add_argument("--lora_dropout", type=float, default=0.05)
-    group = parser.add_argument_group("model and data (none of these: the tiny world)")
-    group.add_argument("--model_name_or_path", help="base model, a folder in LLaVA's layout")
-    group.add_argument("--vision_tower", help="CLIP's folder, if config.json's mm_vision_tower is no local path")
-    group.add_argument("--vg_path", help="Visual Genome: image_data.json, VG_100K, VG_100K_2")
-    group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json")
-    group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
-    group.add_argument("--keep_correct", action=argparse.BooleanOptionalAction,
-                       help="use also POPE rows that the base answered right")
-    group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
-    group.add_argument("--image_folder", default="", help="its images")
-    group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs read neither weights nor images")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--learning_rate", type=float, nargs="+", help="several: a run each")
-    group.add_argument("--num_train_epochs", type=float)
-    group.add_argument("--max_steps", type=int, help="optimizer steps, instead of epochs")
-    group.add_argument("--per_device_train_batch_size", type=int, help="rows at once; default: what divides the global batch, at "
-                       "most 16 from kept features, 4 with the trunk (the tiny world: 128)")
-    group.add_argument("--gradient_accumulation_steps", type=int, help="default: follows from the global batch")
-    group.add_argument("--warmup_ratio", type=float)
-    group.add_argument("--weight_decay", type=float, default=0.0)
-    group.add_argument("--seed", type=int, default=42)
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", help="default: out/stageN")
-    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="else fp32; default: what the DeepSpeed file says, "
-                       "or bf16 on a GPU and fp32 on a CPU")
-    group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, global batch 128")
-    group.add_argument("--offload", action="store_true", help="ZeRO 1 to 3: the optimizer's state and step on the CPU")
-    group.add_argument("--gradient_checkpointing", action="store_true",
-                       help="where the trunk is trained: less memory, a third slower")
-    group.add_argument("--save_steps", type=int, help="optimizer steps between saved states, which --resume goes on from")
-    group.add_argument("--resume", action="store_true", help="go on from the last saved state in OUTPUT_DIR.run")
-    group.add_argument("--logging_steps", type=int, default=1)
-    group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
-                       help="metrics.jsonl of other runs, drawn with this one's in OUTPUT_DIR/training.svg")
-    group.add_argument("--dataloader_num_workers", type=int, default=spare_cores(), help="processes that prepare batches")
-    group.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)      # set by the launcher
-    for name in ("tiny_sizes", "tiny_tower"):
-        group.add_argument(f"--{name}", type=json.loads, default={}, help="JSON, for tests: sizes of the tiny world")
-    group.add_argument("--tiny_base_steps", type=int, help="for tests: steps of stage 0 in the tiny world")
-    args = parser.parse_args(argv)
-    tiny = args.model_name_or_path is None
-    settle(args)
-    recipe = 0 if args.loss == "sft" and TRUNK & set(args.tune) else "trunk" if TRUNK & set(args.tune) else args.stage or \
-        (2 if "lm_head" in args.tune else 1)
-    for name, value in (TINY if tiny else REAL)[recipe].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-                 "save_steps", "logging_steps", "lora_r", "beta"):
-        for value in args.learning_rate if name == "learning_rate" else [getattr(args, name)]:
-            if value is not None and not value > 0:
-                raise InputError(f"--{name} {value:g}: must be above 0; leave it out for the default")
-    beside = os.path.join(os.path.dirname(args.output_dir), "stage1")
-    args.init = args.init or (beside if args.stage == 2 and os.path.isdir(beside) else "identity")
-    if args.keep_correct is None:
-        args.keep_correct = tiny
-    sweep = len(args.block) * len(args.learning_rate) > 1
-    if (tiny or sweep) and args.cache_features is None:
-        args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
-    args.default_batch, args.default_micro = 128, 128 if tiny else 16 if args.cache_features and not TRUNK & set(args.tune) else 4
-    needed = ("data_path",) if args.loss == "sft" else ("vg_path", "desc_data_path", "pope_data_path")
-    for name in ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder") if tiny else ():
-        if getattr(args, name):
-            raise InputError(f"--{name} is given and --model_name_or_path is not: then everything is the tiny world's own; name the "
-                             f"base, or leave --{name} out")
-    for name in () if tiny else needed:
-        if not getattr(args, name):
-            raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) --loss {args.loss} needs "
-                             + ", ".join(f"--{n}" for n in needed))
-        if not os.path.exists(getattr(args, name)):
-            raise InputError(f"--{name} {getattr(args, name)}: no such file or folder")
-    if not tiny and is_trained(args.model_name_or_path):
-        raise InputError(f"--model_name_or_path {args.model_name_or_path}: is no whole model, but what was trained of one; name "
-                         "its base here (and it with --init), or make both into a model with checkpoint.py")
-    for path in args.plot:
-        read_run(path)                                               # what cannot be drawn is said now
-    if args.init != "identity" and not is_trained(args.init):
-        raise InputError(f"--init {args.init}: is no trained checkpoint of ours")
-    if args.init != "identity" and len(args.block) > 1:
-        raise InputError(f"--block names {len(args.block)} variants, but --init {args.init} brings its block along; "
-                         "say --init identity")
-    return args
-
-
-def settle(args):
-    """What --stage, --tune, --block, --loss and --lora_r mean together."""
-    def refuse(when, text):
-        if when:
-            raise InputError(text)
-
-    refuse(args.stage is not None and (args.tune or args.lora_r),
-           f"--stage {args.stage} is a name for a choice of --tune and has no LoRA: leave it out, or --tune and --lora_r")
-    if args.tune is None and args.lora_r:
-        args.tune = ["lora", "post_decoder"] if args.block and args.block != ["head"] else ["lora"]
-    elif args.tune is None:
-        args.stage = 2 if args.stage is None else args.stage
-    args.tune = tuple(g for g in GROUPS if g in (args.tune or STAGES[args.stage]))
-    args.loss = args.loss or ("sft" if args.stage == 0 else "dpo")
-    if "lora" in args.tune:
-        refuse(len(TRUNK & set(args.tune)) > 1,
-               f"--tune {','.join(args.tune)}: beside lora only post_decoder and lm_head can be trained")
-        args.lora_r = args.lora_r or 128
-    refuse(args.lora_r and "lora" not in args.tune, f"--lora_r {args.lora_r}: --tune does not name lora; add it")
-    args.block = args.block or ["full" if "post_decoder" in args.tune else "head"]
-    refuse(set(args.tune) == {"post_decoder"} and "head" in args.block,
-           "--block head leaves nothing to train; add lm_head (--stage 2) or another group to --tune")
-    refuse(args.block != ["head"] and "post_decoder" not in args.tune,
-           f"--block {','.join(args.block)}: a block that is not trained stays the identity; add post_decoder to --tune")
-    refuse(args.label_smoothing and (args.loss != "dpo" or not 0 <= args.label_smoothing < 0.5),
-           f"--label_smoothing {args.label_smoothing:g}: belongs to --loss dpo, and lies between 0 and 0.5")
-    args.output_dir = (args.output_dir or f"out/{'-'.join(args.tune) if args.stage is None else f'stage{args.stage}'}").rstrip("/")
-
-
 def main():
-    args = parse()
-    _, _, world_size, device = start_deepspeed()
-    deepspeed_config(args, world_size, device.type == "cuda")        # what cannot work is said before anything is made
-    tiny = args.model_name_or_path is None
-    if tiny:
-        prepare_tiny_world(args, train, device)
-    if tiny and args.stage == 0:
-        folders = [args.model_name_or_path]                          # the base that has just been made, or was there
-    else:
-        try:
+    args = parse_flags()
+    deepspeed, device = start_deepspeed()
+    config = configure(args, deepspeed, device)             # said before anything is made
+    try:
+        if args.model_name_or_path or not prepare_tiny_world(args, train, device):
             train(args)
-        except torch.OutOfMemoryError as e:
-            raise InputError(f"{str(e).splitlines()[0]} Lower --per_device_train_batch_size (accumulation makes up for it); where "
-                             "the trunk is trained, --gradient_checkpointing, --offload or --deepspeed ds_zero3.json on more GPUs "
-                             "help too")
-        folders = [run.output_dir for run in combinations(args)]
+    except torch.OutOfMemoryError as e:
+        raise InputError(f"{str(e).splitlines()[0]} {memory_advice(args, config)}") from e
+    folders = [one.output_dir for one in combinations(args)]
     world = os.path.join(os.path.dirname(args.output_dir), "world")
-    say(f"done; look at it with: python eval_pope.py {' '.join(folders)}"
-        + ("" if os.path.isdir(world) else " --coco_path … --pope_path …"))
+    files = "" if os.path.isdir(world) else " --coco_path … --pope_path …"
+    say(f"done; look at it with: {shlex.join(['python', 'eval_pope.py', *folders])}{files}")
     dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
-"""The post-interaction block against a transcription of its four equations (DESIGN 5), for every ablation.
+"""The post-interaction block against a transcription of its four equations, for every ablation.
 
-The transcription shares no code with post_decoder.py: heads are looped over, softmax and GELU are written out.
+The transcription shares no code with post_decoder.py: heads are looped over, softmax and GELU are
+written out.
 """
 import math
 
@@ -9,6 +10,7 @@ import torch
 from conftest import largest_difference, shake, small_config
 
 from llama import branch_mask
+from model import LlavaConfig
 from post_decoder import VARIANTS, PostInteractionBlock
 
 B, T, P = 2, 7, 9
@@ -20,7 +22,9 @@ def normed(x, w, name):
 
 
 def attention(query, context, w, name, heads, causal):
-    q, k, v = query @ w[f"{name}.q_proj.weight"].T, context @ w[f"{name}.k_proj.weight"].T, context @ w[f"{name}.v_proj.weight"].T
+    q = query @ w[f"{name}.q_proj.weight"].T
+    k = context @ w[f"{name}.k_proj.weight"].T
+    v = context @ w[f"{name}.v_proj.weight"].T
     out, D = [], q.shape[-1] // heads
     for part in (slice(n * D, n * D + D) for n in range(heads)):
         scores = q[..., part] @ k[..., part].mT * D ** -0.5
@@ -40,31 +44,38 @@ def transcription(w, h, F, config):
     if config.attention == "cross":
         F = F @ w["align.fc1.weight"].T + w["align.fc1.bias"]
         if config.align == "mlp":
-            F = F / 2 * (1 + torch.erf(F / 2 ** 0.5)) @ w["align.fc2.weight"].T + w["align.fc2.bias"]
-        F = normed(F, w, "image_norm")                                                              # f
+            F = F / 2 * (1 + torch.erf(F / 2 ** 0.5))
+            F = F @ w["align.fc2.weight"].T + w["align.fc2.bias"]
+        F = normed(F, w, "image_norm")                                                         # f
     out = h
     for name in (f"blocks.{n}" for n in range(config.depth)):
         x = normed(out, w, f"{name}.layer_norm1")
         if config.attention == "none":
             out = out + mlp(x, w, f"{name}.mlp")
             continue
-        kind = f"{name}.{config.attention}_attn"
-        a = out + attention(x, F if config.attention == "cross" else x, w, kind, config.num_attention_heads, config.attention == "self")
-        out = a + mlp(normed(a, w, f"{name}.layer_norm2"), w, f"{name}.mlp")                        # b
+        context = F if config.attention == "cross" else x
+        kind, causal = f"{name}.{config.attention}_attn", config.attention == "self"
+        a = out + attention(x, context, w, kind, config.num_attention_heads, causal)
+        out = a + mlp(normed(a, w, f"{name}.layer_norm2"), w, f"{name}.mlp")                   # b
     return out + h if config.outer_residual else out
 
 
-CASES = [(variant, depth, outer) for variant in VARIANTS for depth in (1, 2) for outer in (False, True)
+CASES = [(variant, depth, outer)
+         for variant in VARIANTS for depth in (1, 2) for outer in (False, True)
          if depth == 1 or variant != "self_attn"]
 
 
 def make(variant, depth, outer, zero_init):
+    """A block; h (B, T, hidden) and F (B, P, C); and what the block is called with."""
     torch.manual_seed(0)
-    block = PostInteractionBlock(small_config().block(**VARIANTS[variant], depth=depth, outer_residual=outer, zero_init=zero_init))
-    h, F = torch.randn(B, T, block.config.hidden_size), torch.randn(B, P, block.config.mm_hidden_size)
+    block = PostInteractionBlock(small_config().block_config(
+        **VARIANTS[variant], depth=depth, outer_residual=outer, zero_init=zero_init))
+    h = torch.randn(B, T, block.config.hidden_size)
+    F = torch.randn(B, P, block.config.mm_hidden_size)
     position, branch = torch.arange(T).expand(B, T), torch.zeros(B, T, dtype=torch.long)
-    by_self = block.config.attention == "self"
-    return block, h, F, (h, h, branch_mask(position, branch, position, branch)) if by_self else (h, F)
+    if block.config.attention == "self":
+        return block, h, F, (h, h, branch_mask(position, branch, position, branch))
+    return block, h, F, (h, F)
 
 
 @pytest.mark.parametrize("variant, depth, outer", CASES)
@@ -73,12 +84,13 @@ def test_equations(variant, depth, outer):
     shake(block)
     expected = transcription(block.state_dict(), h, F, block.config)
     assert (expected - h).abs().mean() > 0.1                                     # it does something
-    assert largest_difference(f"{variant}, depth {depth}, outer residual {outer}", block(*inputs), expected) < 1e-5
+    what = f"{variant}, depth {depth}, outer residual {outer}"
+    assert largest_difference(what, block(*inputs), expected) < 1e-5
 
 
 @pytest.mark.parametrize("variant, depth, outer", CASES)
 def test_starts_as_the_identity(variant, depth, outer):
-    """Bit by bit h (2h in the original's form), and yet not stuck there: the zeroed matrices have a gradient."""
+    """Bit by bit h (2h in the original's form), and yet the zeroed matrices have a gradient."""
     block, h, F, inputs = make(variant, depth, outer, zero_init=True)
     out = block(*inputs)
     assert torch.equal(out, 2 * h if outer else h)
@@ -88,38 +100,52 @@ def test_starts_as_the_identity(variant, depth, outer):
     assert all(p.grad.abs().max() > 1e-3 for p in zeroed.values())
 
 
-@pytest.mark.parametrize("variant, depth", [("full", 1), ("full", 2), ("align_linear", 1), ("align_after_align", 2)])
+@pytest.mark.parametrize("variant, depth", [("full", 1), ("full", 2), ("align_linear", 1),
+                                            ("align_after_align", 2)])
 def test_attention_weights(variant, depth):
-    """They are those that the block itself uses: with its values and output projection they give what its attention gives."""
+    """They are those that the block itself uses: with its values and output projection they give
+    what its attention gives.
+    """
     block, h, F, _ = make(variant, depth, outer=False, zero_init=False)
     shake(block)
     weights, used = block.attention_weights(h, F), []
+
+    def keep(module, inputs, out):
+        used.append((module, *inputs, out))
+
     for part in block.blocks:
-        part.cross_attn.register_forward_hook(lambda module, inputs, out: used.append((module, *inputs, out)))
+        part.cross_attn.register_forward_hook(keep)
     block(h, F)
     heads = block.config.num_attention_heads
     assert weights.shape == (B, depth * heads, T, P) and len(used) == depth
     assert largest_difference("sums", weights.sum(-1), torch.ones(B, depth * heads, T)) < 1e-6
-    assert weights.std(-1).mean() > 0.01                                         # it prefers some patches
+    assert weights.std(-1).mean() > 0.01                                 # it prefers some patches
     for n, (module, query, context, out) in enumerate(used):
         v = module.v_proj(context).view(B, P, heads, -1)
-        ours = torch.einsum("bhtp,bphd->bthd", weights[:, n * heads:(n + 1) * heads], v).reshape(query.shape)
-        assert largest_difference(f"{variant}, block {n}", ours @ module.out_proj.weight.T, out) < 1e-5
+        mine = weights[:, n * heads:(n + 1) * heads]
+        ours = torch.einsum("bhtp,bphd->bthd", mine, v).reshape(query.shape)
+        ours = ours @ module.out_proj.weight.T
+        assert largest_difference(f"{variant}, block {n}", ours, out) < 1e-5
 
 
 def test_names_are_those_of_the_notes_files():
     block, *_ = make("full", 1, True, zero_init=False)
-    expected = {f"align.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
-    expected |= {f"{norm}.{kind}" for norm in ("image_norm", "blocks.0.layer_norm1", "blocks.0.layer_norm2") for kind in ("weight", "bias")}
-    expected |= {f"blocks.0.cross_attn.{x}_proj.weight" for x in ("q", "k", "v", "out")} | {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"}
+    with_bias = ("align.fc1", "align.fc2", "image_norm", "blocks.0.layer_norm1",
+                 "blocks.0.layer_norm2")
+    expected = {f"{name}.{kind}" for name in with_bias for kind in ("weight", "bias")}
+    expected |= {f"blocks.0.cross_attn.{x}_proj.weight" for x in ("q", "k", "v", "out")}
+    expected |= {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"}
     assert set(block.state_dict()) == expected
 
 
 def test_sizes_of_the_7b_model_are_the_defaults():
     """The shapes that the notes' files have."""
-    from model import LlavaConfig
+    config = LlavaConfig().block_config()
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in PostInteractionBlock(LlavaConfig().block()).named_parameters()}
-    assert shapes["align.fc1.weight"] == (11008, 1024) and shapes["align.fc2.weight"] == (4096, 11008)
-    assert shapes["blocks.0.cross_attn.q_proj.weight"] == (4096, 4096) and shapes["blocks.0.mlp.fc1.weight"] == (11008, 4096)
-    assert LlavaConfig().block().num_attention_heads == 32
+        block = PostInteractionBlock(config)
+    shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    assert shapes["align.fc1.weight"] == (11008, 1024)
+    assert shapes["align.fc2.weight"] == (4096, 11008)
+    assert shapes["blocks.0.cross_attn.q_proj.weight"] == (4096, 4096)
+    assert shapes["blocks.0.mlp.fc1.weight"] == (11008, 4096)
+    assert config.num_attention_heads == 32

@@ -1,7 +1,8 @@
-"""Number for number what the original code gave: inputs and results of a run of HA-DPO's and the notes' own programs.
+"""Number for number what the original code gave: a run of HA-DPO's and the notes' own programs.
 
-The folder (a tiny random LLaVA with the real LLaMA tokenizer, HA-DPO's files, `golden.pt`) is ../shared/golden or what the
-environment variable GOLDEN names. Sizes, layers and seeds are read from it. Without it this chapter is skipped.
+The folder holds inputs and results: a tiny random LLaVA with the real LLaMA tokenizer, HA-DPO's
+files and `golden.pt`. It is ../shared/golden or what the environment variable GOLDEN names. Sizes,
+layers and seeds are read from it. Without it these tests are skipped.
 """
 import os
 import random
@@ -10,62 +11,82 @@ import pytest
 import torch
 from conftest import ROOT, largest_difference
 
-from checkpoint import fill, fit, load_base, load_trained
-from data import BOS, EOS, IMAGE, IMAGE_ID, SYSTEM_HADPO_EVAL, PackedDataset, collate, encode_conversation, pack
-from dpo import dpo_loss, sequence_logps, token_logps
-from layouts import read_seed_file
+from checkpoints.layouts import read_seed_file
+from checkpoints.load import attach_weights, load_base, load_trained, load_weights
+from data import (
+    BOS,
+    EOS,
+    IMAGE,
+    IMAGE_ID,
+    SYSTEM_HADPO_EVAL,
+    PackedDataset,
+    collate,
+    encode_conversation,
+    pack,
+    read_hadpo,
+)
+from dpo import Loss, preference_loss, sequence_logps, token_logps
 from llama import branch_mask
-from model import Head, answer_states, generate
+from model import answer_states, generate
 from post_decoder import VARIANTS, PostInteractionBlock
-from readers import read_hadpo
 
-GOLDEN = os.path.abspath(os.environ.get("GOLDEN", os.path.join(ROOT, "..", "shared", "golden")))
-pytestmark = pytest.mark.skipif(not os.path.isfile(os.path.join(GOLDEN, "golden.pt")),
-                                reason=f"no golden.pt in {GOLDEN}; the environment variable GOLDEN names its folder")
-OUR_NAME = {"align_after_align_no_ca": "no_cross_attn_v2", "self_attn_causal": "self_attn"}      # the others are called alike
+GOLDEN = os.environ.get("GOLDEN", os.path.join(ROOT, "..", "shared", "golden"))
+GOLDEN = os.path.abspath(GOLDEN)
+pytestmark = pytest.mark.skipif(
+    not os.path.isfile(os.path.join(GOLDEN, "golden.pt")),
+    reason=f"no golden.pt in {GOLDEN}; the environment variable GOLDEN names its folder")
+# The other variants are called alike.
+OUR_NAME = {"align_after_align_no_ca": "no_cross_attn_v2", "self_attn_causal": "self_attn"}
 BETA = 0.1
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return torch.load(os.path.join(GOLDEN, "golden.pt"), weights_only=False)         # our own file: lists and dicts of tensors
+    # Our own file: lists and dicts of tensors.
+    return torch.load(os.path.join(GOLDEN, "golden.pt"), weights_only=False)
 
 
 @pytest.fixture(scope="module")
 def llava():
-    """trunk, head, tokenizer, preprocess"""
-    return load_base(os.path.join(GOLDEN, "llava-tiny"), vision_tower=os.path.join(GOLDEN, "clip-vit-tiny"))
+    tower = os.path.join(GOLDEN, "clip-vit-tiny")
+    return load_base(os.path.join(GOLDEN, "llava-tiny"), vision_tower=tower)
 
 
 @pytest.fixture(scope="module")
 def examples():
-    return read_hadpo(*(os.path.join(GOLDEN, name) for name in ("desc_data.json", "pope_data.json", "VG")))
+    names = ("desc_data.json", "pope_data.json", "VG")
+    return read_hadpo(*(os.path.join(GOLDEN, name) for name in names))
 
 
-def trained_head(trunk, name):
+def trained_head(llava, name):
     """A head from the notes' files, in the original's form: with the outer residual."""
-    head = load_trained(os.path.join(GOLDEN, name), trunk.config, Head(trunk.config), None)
-    assert head.block == trunk.config.block(outer_residual=True, zero_init=False)
+    head = load_trained(os.path.join(GOLDEN, name), llava)
+    assert head.block_config == llava.config.block_config(outer_residual=True, zero_init=False)
     return head
 
 
 @pytest.fixture(scope="module")
 def pairs(llava, examples):
-    """One pass over all pairs: policy head, batch, and the log-probs (pairs, 2) of policy and reference."""
-    trunk, _, tokenizer, preprocess = llava
-    dataset = PackedDataset(examples, tokenizer, preprocess, trunk.config.vision.num_patches, trunk.config.max_length)
+    """One pass over all pairs: policy head, log-probs (pairs, 2) of policy and of reference."""
+    dataset = PackedDataset(examples, llava.row_format())
     batch = dataset[range(len(dataset))]
-    hidden, features = trunk(batch)
-    policy, reference = trained_head(trunk, "non_lora_trainables.bin").requires_grad_(True), trained_head(trunk, "reference_trainables.bin")
-    logps = [sequence_logps(token_logps(head(*answer_states(head, hidden, features, batch)), batch.target.clamp(min=0)), batch.target_branch)
-             for head in (policy, reference)]
+    hidden_states, features = llava.trunk(batch)
+    policy = trained_head(llava, "non_lora_trainables.bin").requires_grad_(True)
+    reference = trained_head(llava, "reference_trainables.bin")
+    logps = []
+    for head in (policy, reference):
+        logits = head(*answer_states(head, hidden_states, features, batch))
+        of_tokens = token_logps(logits, batch.target.clamp(min=0))
+        logps.append(sequence_logps(of_tokens, batch.target_branch))
     return policy, *logps
 
 
 def test_tokenizer(golden, llava):
-    """The original's tokenizer turns `</s>` and `<s>` in a text into control tokens. Ours does not: whoever can write into
-    an answer could end it there, or a question about HTML would begin a new sequence. All other texts are equal."""
-    tokenizer = llava[2]
+    """The original's tokenizer turns `</s>` and `<s>` in a text into control tokens. Ours does not:
+    whoever can write into an answer could end it there, or a question about HTML would begin a new
+    sequence. All other texts are equal.
+    """
+    tokenizer = llava.tokenizer
     for text, expected in golden["tok"]:
         ids = [BOS]
         for n, chunk in enumerate(text.split(IMAGE)):
@@ -78,12 +99,16 @@ def test_tokenizer(golden, llava):
 
 
 def test_tokenizer_against_transformers(golden, llava):
-    """Four hundred texts. Where spaces stand in a run, transformers 5 splits them otherwise than LLaMA's own SentencePiece
-    model, which the original used (golden's "and  spaces" shows it): such texts must at least come back as they were."""
+    """Four hundred texts. Where spaces stand in a run, transformers 5 splits them otherwise than
+    LLaMA's own SentencePiece model, which the original used (golden's "and  spaces" shows it): such
+    texts must at least come back as they were.
+    """
     from transformers import LlamaTokenizer
-    ours, theirs, rng = llava[2], LlamaTokenizer.from_pretrained(os.path.join(GOLDEN, "llava-tiny")), random.Random(0)
-    parts = ["Hello", "world", " ", "  ", "\n", "\n\n", "\t", "漢字", "中文。", "🙂", "👩‍👩‍👧", "é", "Ünïcödé", "3.14", "1234567", ",", "...",
-             "don't", "`code`", "<b>", "$x^2$", "ASSISTANT:", "Ω", "हिन्दी", "עברית", "ﬁ", "\u00a0", "A" * 50, "The quick brown fox"]
+    theirs = LlamaTokenizer.from_pretrained(os.path.join(GOLDEN, "llava-tiny"))
+    ours, rng = llava.tokenizer, random.Random(0)
+    parts = ["Hello", "world", " ", "  ", "\n", "\n\n", "\t", "漢字", "中文。", "🙂", "👩‍👩‍👧", "é",
+             "Ünïcödé", "3.14", "1234567", ",", "...", "don't", "`code`", "<b>", "$x^2$",
+             "ASSISTANT:", "Ω", "हिन्दी", "עברית", "ﬁ", "\u00a0", "A" * 50, "The quick brown fox"]
     compared = 0
     for text in ("".join(rng.choices(parts, k=rng.randint(1, 12))) for _ in range(400)):
         ids = ours.encode(text)
@@ -100,33 +125,39 @@ def test_tokenizer_against_transformers(golden, llava):
 def test_multi_turn_labels(golden, llava):
     for row in golden["convs"]:
         texts = [turn["value"] for turn in row["conv"]]
-        texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}" if IMAGE in text else text for text in texts]
-        ids, labels = encode_conversation(llava[2], list(zip(texts[::2], texts[1::2])))
+        texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}" if IMAGE in text else text
+                 for text in texts]
+        turns = list(zip(texts[::2], texts[1::2], strict=True))
+        ids, labels = encode_conversation(llava.tokenizer, turns)
         assert ids == row["input_ids"].tolist() and labels == row["labels"].tolist()
 
 
 def test_order_tokens_labels_pixels(golden, llava, examples):
-    _, _, tokenizer, preprocess = llava
     worst = 0
     for example, said, item in zip(examples, golden["list"], golden["items"], strict=True):
         assert os.path.relpath(example.image, GOLDEN) == os.path.normpath(said["image"])
-        for kind, conversation in zip(("chosen", "reject"), example.conversations, strict=True):
-            assert conversation == [tuple(turn["value"] for turn in said[f"{kind}_conversations"])]
-            ids, labels = encode_conversation(tokenizer, conversation)
-            assert ids == item[f"{kind}_input_ids"].tolist() and labels == item[f"{kind}_labels"].tolist()
-        worst = max(worst, largest_difference(os.path.basename(example.image), preprocess(example.image).half(), item["images"]))
-    assert worst == 0                                                            # they were kept in fp16
+        for kind, turns in zip(("chosen", "reject"), example.conversations, strict=True):
+            assert turns == [tuple(turn["value"] for turn in said[f"{kind}_conversations"])]
+            ids, labels = encode_conversation(llava.tokenizer, turns)
+            assert ids == item[f"{kind}_input_ids"].tolist()
+            assert labels == item[f"{kind}_labels"].tolist()
+        pixels = llava.preprocess(example.image).half()                   # they were kept in fp16
+        name = os.path.basename(example.image)
+        worst = max(worst, largest_difference(name, pixels, item["images"]))
+    assert worst == 0
 
 
 def test_logps(golden, pairs):
-    for name, logps in zip(("policy", "ref"), pairs[1:]):
+    for name, logps in zip(("policy", "ref"), pairs[1:], strict=True):
         for n, kind in enumerate(("chosen", "rejected")):
-            assert largest_difference(f"{name} {kind}", logps[:, n], golden[f"{name}_{kind}"]) < 1e-4
+            expected = golden[f"{name}_{kind}"]
+            assert largest_difference(f"{name} {kind}", logps[:, n], expected) < 1e-4
 
 
 def test_losses_rewards_gradients(golden, pairs):
     head, policy, reference = pairs
-    losses, chosen, rejected = dpo_loss(*policy.unbind(1), *reference.unbind(1), BETA)
+    losses, rewards = preference_loss(policy, reference, Loss("dpo", BETA))
+    chosen, rejected = rewards.unbind(1)
     assert largest_difference("losses", losses, golden["losses"]) < 1e-4
     assert largest_difference("chosen rewards", chosen, golden["chosen_rewards"]) < 1e-4
     assert largest_difference("rejected rewards", rejected, golden["rejected_rewards"]) < 1e-4
@@ -135,48 +166,60 @@ def test_losses_rewards_gradients(golden, pairs):
     gradients = {name: p.grad for name, p in head.named_parameters()}
     lm_head = gradients.pop("lm_head.weight")
     assert gradients.keys() == golden["grads"].keys()
-    relative = {name: ((gradients[name] - g).norm() / g.norm()).item() for name, g in golden["grads"].items()}
+    relative = {name: ((gradients[name] - g).norm() / g.norm()).item()
+                for name, g in golden["grads"].items()}
     rows, expected = golden["lm_head_grad_rows"]
     relative["lm_head rows"] = ((lm_head[rows] - expected).norm() / expected.norm()).item()
     relative["lm_head norm"] = (lm_head.norm() / golden["lm_head_grad_norm"] - 1).abs().item()
     worst = max(relative, key=relative.get)
-    print(f"gradients of {len(relative)} tensors: largest relative difference {relative[worst]:.2e} ({worst})")
-    assert relative[worst] < 1e-4 and all(g.norm() > 0 for g in golden["grads"].values())
+    print(f"gradients of {len(relative)} tensors: largest relative difference "
+          f"{relative[worst]:.2e} ({worst})")
+    assert relative[worst] < 1e-4
+    assert all(g.norm() > 0 for g in golden["grads"].values())
 
 
 def test_prompts_and_answers(golden, llava):
     """Logits of the whole prompt, then greedy tokens and their text, decoded with the cache."""
-    trunk, _, tokenizer, preprocess = llava
-    head = trained_head(trunk, "non_lora_trainables.bin")
+    trunk, f = llava.trunk, llava.row_format()
+    head = trained_head(llava, "non_lora_trainables.bin")
     for case in golden["gen"]:
-        ids, labels = encode_conversation(tokenizer, [(f"{IMAGE}\n{case['question']}", None)], SYSTEM_HADPO_EVAL)
+        turns = [(f"{IMAGE}\n{case['question']}", None)]
+        ids, labels = encode_conversation(llava.tokenizer, turns, SYSTEM_HADPO_EVAL)
         assert ids == case["input_ids"].tolist()
-        batch = collate([pack([(ids, labels)], trunk.config.vision.num_patches, trunk.config.max_length, os.path.join(GOLDEN, case["image"]))], preprocess)
-        hidden, features = trunk(batch)
-        logits = head(*answer_states(head, hidden, features, batch, torch.arange(batch.ends.max() + 1)[None]))[0]
-        assert largest_difference("last logits", logits[-len(case["last_logits"]):], case["last_logits"]) < 1e-4
-        # Sums over a whole vocabulary gather the rounding of all its logits: 1e-4 of their size, not of 1.
-        sums = case["logit_sums"]
-        assert largest_difference("logit sums, relative", logits.double().sum(-1) / sums.abs().max(), sums / sums.abs().max()) < 1e-4
+        image = os.path.join(GOLDEN, case["image"])
+        row = pack([(ids, labels)], f.num_patches, f.max_length, image)
+        batch = collate([row], llava.preprocess)
+        hidden_states, features = trunk(batch)
+        every = torch.arange(batch.ends.max() + 1)[None]
+        logits = head(*answer_states(head, hidden_states, features, batch, every))[0]
+        last = case["last_logits"]
+        assert largest_difference("last logits", logits[-len(last):], last) < 1e-4
+        # Sums over a whole vocabulary gather the rounding of all its logits: 1e-4 of their size,
+        # not of 1.
+        sums, size = case["logit_sums"], case["logit_sums"].abs().max()
+        relative = logits.double().sum(-1) / size
+        assert largest_difference("logit sums, relative", relative, sums / size) < 1e-4
         (answers, _), = generate(trunk, [head], batch, len(case["generated"]))
         expected = case["generated"].tolist()
         assert answers[0][0] == (expected[:expected.index(EOS)] if EOS in expected else expected)
-        assert tokenizer.decode(answers[0][0]) == case["text"]
+        assert llava.tokenizer.decode(answers[0][0]) == case["text"]
 
 
 def test_variants(golden, llava, tmp_path):
-    """Every ablation of the notes, found out from keys and shapes alone as a `non_lora_trainables.bin` would be."""
+    """Every ablation of the notes, found out from keys and shapes alone, as `load_trained` does."""
+    prefix = "post_interaction_block."
     for name, case in golden["variants"].items():
         h, F, path = case["hidden_states"], case["image_features"], str(tmp_path / f"{name}.bin")
-        torch.save({f"post_interaction_block.{key}": t for key, t in case["state_dict"].items()}, path)
-        config, tensors = read_seed_file(path, llava[0].config)
-        expected = llava[0].config.block(**VARIANTS[OUR_NAME.get(name, name)], outer_residual=True, zero_init=False)
+        torch.save({prefix + key: tensor for key, tensor in case["state_dict"].items()}, path)
+        config, tensors = read_seed_file(path, llava.config)
+        variant = VARIANTS[OUR_NAME.get(name, name)]
+        assert config == llava.config.block_config(**variant, outer_residual=True, zero_init=False)
         with torch.device("meta"):
             block = PostInteractionBlock(config)
-        fit(block, {key.removeprefix("post_interaction_block."): stored for key, stored in tensors.items()}, path)
-        fill(block)
+        tensors = {key.removeprefix(prefix): lazy for key, lazy in tensors.items()}
+        attach_weights(block, tensors, path)
+        load_weights(block)
         position = torch.arange(h.shape[1]).expand(len(h), -1)
         mask = branch_mask(position, 0 * position, position, 0 * position)
         out = block(h, *((h, mask) if config.attention == "self" else (F,)))
-        assert config == expected
         assert largest_difference(name, out, case["output"]) < 1e-5

@@ -1,0 +1,1 @@
+"""Other people's files and ours: loading, saving, public layouts, vision towers."""

@@ -1,0 +1,135 @@
+"""From modules to files: a whole model in LLaVA's layout, or only what was trained.
+
+    save_base("whole", model)                                       # a base again
+    save_trained("out/stage2", {name: tensor}, info, tokenizer)     # `info`: for its config.json
+
+A folder appears under its name only when it is whole, and only a folder of ours is ever replaced
+(support/folders.py). Each file of tensors is read again and compared with what was to be written.
+"""
+import os
+import shutil
+from dataclasses import asdict
+
+from checkpoints.layouts import OURS, TRAINED_FILE
+from llama import LINEARS
+from support.common import InputError, read_json, say, write_json
+from support.folders import check_output, replace_folder
+from support.tensors import write_tensors
+
+# What may lie in a folder that is replaced, and what of it stays: results of evaluations.
+OWN_FILES = {name: None for name in (
+    "config.json", TRAINED_FILE, "adapter_config.json", "adapter_model.safetensors",
+    "tokenizer.model", "metrics.jsonl", "training.svg", "model.safetensors", "*.partial")}
+OWN_FILES["vision_tower"] = {name: None for name in (
+    "config.json", "preprocessor_config.json", "model.safetensors")}
+RESULTS = {"pope": "*"}
+
+
+def check_output_folder(folder):
+    """Before training: InputError where a checkpoint cannot be written, or replaces another's."""
+    check_output(folder, OWN_FILES, RESULTS)
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        return
+    values = read_json(path, dict)
+    if OURS not in (values.get("model_type"), values.get("written_by")):
+        raise InputError(f"{folder}: holds a model that was not trained here; name another folder")
+    say(f"{folder}: a checkpoint is there already; this run replaces it when it is done")
+    for name in RESULTS:
+        if os.path.isdir(os.path.join(folder, name)):
+            say(f"{os.path.join(folder, name)}: stays, and is about the checkpoint before")
+
+
+def save_base(folder, model, tensors=None, arguments=None, identity=None):
+    """Write a Llava with one head in LLaVA's layout, the tower in `vision_tower/`.
+
+    `tensors` {public name: tensor} are written instead of the modules' own, which ZeRO-3 divides
+    among the processes. LLaVA's config.json knows no post-interaction block, no `arguments` and no
+    `identity` of a run (identity.py): they stand there as more entries.
+    """
+    trunk, head, config = model.trunk, model.head, model.config
+    tensors = tensors or dict(trunk.state_dict()) | dict(head.state_dict())
+    tower, rest = {}, {}
+    for name, tensor in tensors.items():
+        if name.startswith("vision_tower."):
+            tower[name.removeprefix("vision_tower.")] = tensor
+        else:
+            rest[name] = tensor
+    values = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"],
+              "written_by": OURS, **asdict(config.text), "mm_vision_tower": "vision_tower",
+              "mm_hidden_size": config.vision.hidden_size, "mm_projector_type": "mlp2x_gelu",
+              "mm_projector_hidden_size": config.projector_hidden_size,
+              "mm_vision_select_layer": config.select_layer, "mm_vision_select_feature": "patch",
+              "image_aspect_ratio": "pad" if config.pad_images else "square",
+              "tokenizer_model_max_length": config.max_length}
+    if head.block_config:
+        values["post_interaction_block"] = asdict(head.block_config)
+    if arguments:
+        values["arguments"] = arguments
+    if identity:
+        values["identity"] = identity
+
+    def fill(partial):
+        in_tower = os.path.join(partial, "vision_tower")
+        os.makedirs(in_tower)
+        write_json(os.path.join(partial, "config.json"), values)
+        vision = {"model_type": "clip_vision_model", **asdict(config.vision)}
+        write_json(os.path.join(in_tower, "config.json"), vision)
+        if model.preprocess:
+            write_json(os.path.join(in_tower, "preprocessor_config.json"),
+                       preprocessor_config(model.preprocess))
+        write_tensors(os.path.join(partial, "model.safetensors"), rest)
+        write_tensors(os.path.join(in_tower, "model.safetensors"), tower)
+        shutil.copyfile(model.tokenizer.path, os.path.join(partial, "tokenizer.model"))
+
+    replace_folder(folder, fill, OWN_FILES, RESULTS)
+
+
+def preprocessor_config(preprocess):
+    """An ImageProcessor in transformers' words; 3 is PIL's number of bicubic."""
+    size = preprocess.size
+    return {"image_mean": preprocess.mean, "image_std": preprocess.std,
+            "image_processor_type": "CLIPImageProcessor", "do_resize": True,
+            "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
+            "crop_size": {"height": size, "width": size}, "do_normalize": True}
+
+
+def adapter_config(info):
+    """peft's adapter_config.json. `info`: the trained checkpoint's config.json.
+
+    `target_modules` is a pattern of LLaMA's layers, because CLIP's linears have the same names.
+    """
+    arguments = info["arguments"]
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": info["base"], "inference_mode": True,
+            "r": arguments["lora_r"], "lora_alpha": arguments["lora_alpha"],
+            "lora_dropout": arguments["lora_dropout"], "bias": "none",
+            "fan_in_fan_out": False, "modules_to_save": None,
+            "target_modules": rf"model\.layers\.\d+\.\w+\.({'|'.join(LINEARS)})"}
+
+
+def save_trained(folder, tensors, info, tokenizer):
+    """Write a trained checkpoint.
+
+    `tensors`: {public name: tensor}. `info`: what config.json says of it: its base, that base's
+    fingerprint, the block's configuration, the run's arguments. RuntimeError without any tensors.
+    """
+    if not tensors:
+        raise RuntimeError(f"{folder}: nothing was trained")
+    lora, head = {}, {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            lora["base_model.model." + name] = tensor       # peft's name
+        else:
+            head[name] = tensor
+
+    def fill(partial):
+        if head:
+            write_tensors(os.path.join(partial, TRAINED_FILE), head)
+        if lora:
+            write_tensors(os.path.join(partial, "adapter_model.safetensors"), lora)
+            write_json(os.path.join(partial, "adapter_config.json"), adapter_config(info))
+        write_json(os.path.join(partial, "config.json"), {"model_type": OURS, **info})
+        shutil.copyfile(tokenizer.path, os.path.join(partial, "tokenizer.model"))
+
+    replace_folder(folder, fill, OWN_FILES, RESULTS)

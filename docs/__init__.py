@@ -1,0 +1,1 @@
+"""Documentation: one page answers one question; architecture.py draws its figure."""

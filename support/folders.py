@@ -1,0 +1,134 @@
+"""Folders of ours: written whole, put right after a kill, and never somebody else's.
+
+    check_output(folder, CHECKPOINT_FILES, KEPT)     # before training: may it be written there?
+    put_right(folder, CHECKPOINT_FILES, KEPT)        # what a killed save left half done
+    replace_folder(folder, fill, CHECKPOINT_FILES, KEPT)       # fill(partial) writes the new files
+
+A folder is written under a hidden name beside its own. The folder before gets another hidden name,
+the new one takes its place, what is kept (answers to questions, for example) moves over, and the
+folder before goes. A kill at any moment leaves the old folder or the new one, and `put_right` ends
+what was begun. Only files with names of ours are ever replaced or removed: a folder with anything
+else in it is refused. A symlink is followed: the folder that it points to is written.
+"""
+import contextlib
+import fnmatch
+import os
+import shutil
+
+from support.common import InputError, temporary
+
+
+def hidden_names(real):
+    """Where a folder is written, and where the one before waits: names that nobody else takes."""
+    above, name = os.path.split(real)
+    return (os.path.join(above, f".{name}.nanohadpo-new"),
+            os.path.join(above, f".{name}.nanohadpo-old"))
+
+
+def foreign_files(folder, own):
+    """What lies in a folder and has no name of ours; a folder of ours is looked into.
+
+    own: {name or pattern: None for a file, or the names inside of a folder}.
+    """
+    found = []
+    for entry in os.scandir(folder):
+        pattern = next((p for p in own if fnmatch.fnmatch(entry.name, p)), None)
+        inside = own.get(pattern)
+        if pattern is None or entry.is_symlink() or entry.is_dir() != (inside is not None):
+            found.append(entry.name)
+        elif inside is not None and inside != "*":
+            names = foreign_files(entry.path, inside)
+            found += [os.path.join(entry.name, name) for name in names]
+    return sorted(found)
+
+
+def check_only_ours(folder, own):
+    """InputError where a folder holds anything that we did not write."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: is a file, where a folder would be written; move it, or name "
+                         "another folder")
+    foreign = foreign_files(folder, own)
+    if foreign:
+        named = ", ".join(foreign[:5]) + (" …" if foreign[5:] else "")
+        raise InputError(f"{folder}: holds {named}, which is not ours and would be lost; name a "
+                         "new folder, for example one inside of it")
+
+
+def check_output(folder, own, kept):
+    """Before long work: InputError where `folder` cannot be written, or holds what is not ours."""
+    real = os.path.realpath(folder)
+    if os.path.commonpath((real, os.getcwd())) == real:
+        raise InputError(f"--output_dir {folder}: is the folder that you are in, or one above it; "
+                         "name a folder in it")
+    if os.path.ismount(real):
+        raise InputError(f"--output_dir {folder}: is a mount point, which cannot be replaced as a "
+                         f"whole; name a folder in it, e.g. {os.path.join(folder, 'run')}")
+    put_right(folder, own, kept)
+    if os.path.lexists(real):
+        check_only_ours(real, {**own, **kept})
+    check_can_write(os.path.dirname(real))
+
+
+def check_can_write(folder):
+    """InputError where nothing can be written into a folder; folders that are missing are made."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        path = temporary(os.path.join(folder, "nanohadpo"))
+        with open(path, "wb") as file:
+            file.write(bytes(4096))
+        os.remove(path)
+    except OSError as e:
+        with contextlib.suppress(OSError, UnboundLocalError):
+            os.remove(path)
+        raise InputError(f"{folder}: cannot be written ({e.strerror}); name another folder, or "
+                         "make room there") from e
+
+
+def put_right(folder, own, kept):
+    """End or undo what a killed `replace_folder` left: the newest whole folder stays."""
+    real = os.path.realpath(folder)
+    partial, old = hidden_names(real)
+    for rest in (partial, old):
+        if os.path.lexists(rest):
+            check_only_ours(rest, {**own, **kept})
+    if os.path.isdir(old) and not os.path.isdir(real):
+        # The old folder had been renamed, so the new one was whole.
+        os.rename(partial if os.path.isdir(partial) else old, real)
+    if os.path.isdir(old):
+        finish(real, old, kept)
+    if os.path.isdir(partial):
+        shutil.rmtree(partial)
+
+
+def finish(real, old, kept):
+    """The new folder has its name: what is kept moves over, and the old folder goes."""
+    for name in kept:
+        before, now = os.path.join(old, name), os.path.join(real, name)
+        if os.path.isdir(before) and not os.path.lexists(now):
+            os.rename(before, now)
+    shutil.rmtree(old)
+
+
+def replace_folder(folder, fill, own, kept):
+    """Write a folder with `fill(partial)`, which may replace an older one of ours. Atomic."""
+    real = os.path.realpath(folder)
+    put_right(folder, own, kept)
+    partial, old = hidden_names(real)
+    if os.path.lexists(real):
+        check_only_ours(real, {**own, **kept})
+    os.makedirs(partial)
+    fill(partial)
+    if not os.path.isdir(real):
+        os.rename(partial, real)
+        return
+    os.rename(real, old)
+    os.rename(partial, real)
+    finish(real, old, kept)
+
+
+def discard(folder):
+    """Remove a folder. Other processes see the whole folder or none, never a part of it."""
+    if os.path.isdir(folder):
+        gone = temporary(folder)
+        os.rename(folder, gone)
+        shutil.rmtree(gone)

@@ -1,0 +1,227 @@
+"""The benchmarks against public peers run, at tiny size on the CPU, and what they count and compare
+is right.
+"""
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import succeeds
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from bench import bench_pope, bench_trunk, measuring, peer
+from clip_vit import CLIPVisionConfig
+from data import EOS, IMAGE, SYSTEM, encode_conversation, expand
+from eval_pope import SPLITS, read_pope
+from llama import LlamaConfig
+from model import LlavaConfig, Trunk
+
+TINY_POPE = ("--size tiny --images 4 --batch_size 2 --peer_single 3 --peer_batched 20 "
+             "--peer_batch 8").split()
+TINY_TRUNK = "--size tiny --images 3 --questions 4 --peer_batch 5 --steps 2 --repeats 1".split()
+TINY_DPO = ("--size tiny --tokens 6 10 --micro_batches 2 4 --peer_pairs 2 --pairs 8 --steps 2 "
+            "--global_batch 8 --repeats 1 --pairs_per_image 2").split()
+TINY_ZERO = "--gpus 2 --size tiny --pairs 2 --tokens 6 --repeats 1 --only full".split()
+
+
+def lines_of(said):
+    """Markdown tables → {first cell: [the other cells]}."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in said.splitlines() if line.startswith("| ")]
+    return {first: rest for first, *rest in rows}
+
+
+# ---- They run ------------------------------------------------------------------------------------
+
+
+def test_pope(capsys):
+    bench_pope.main(TINY_POPE)
+    said = capsys.readouterr().out
+    lines = lines_of(said)
+    assert {"transformers, one by one", "transformers, batches of 8", "ours",
+            "ours, base and a checkpoint", "ours, 128 tokens",
+            "ours, questions about an image: 12"} <= lines.keys()
+    assert lines["ours"][0] == "72"                                        # 4 × 6 × 3 answers
+    assert lines["transformers, batches of 8"][0] == "20"                  # a sample
+    assert re.search(r"ours against transformers in batches: 0 of 20 answers differ", said)
+    assert re.search(r"first tokens, ours against transformers in batches: differ by \d", said)
+
+
+def test_pope_on_several_processes():
+    said = succeeds("torchrun", "--nproc_per_node", 2, "bench/bench_pope.py", *TINY_POPE)
+    assert lines_of(said)["ours, 2 processes"][0] == "72" and "answers/s" in said
+
+
+def test_trunk(capsys):
+    bench_trunk.main(TINY_TRUNK)
+    said = capsys.readouterr().out
+    assert len([first for first in lines_of(said) if "ours" in first]) == 3    # pass, step, floor
+    assert "hidden states behind every question: differ by" in said
+
+
+def test_bf16_as_on_a_gpu(monkeypatch, capsys):
+    def rounded(size):
+        ours = peer.random_llava(size)
+        return replace(ours, dtype=torch.bfloat16, trunk=ours.trunk.bfloat16(),
+                       heads={"base": ours.head.bfloat16()})
+
+    for bench in (bench_pope, bench_trunk):
+        monkeypatch.setattr(bench, "random_llava", rounded)
+    bench_pope.main(TINY_POPE)
+    bench_trunk.main(TINY_TRUNK)
+    assert capsys.readouterr().out.count("tolerance 10 %") == 2
+
+
+def test_dpo():
+    said = succeeds("python", "bench/bench_dpo.py", *TINY_DPO)
+    lines = lines_of(said)
+    assert lines["6 tokens: ours, a whole run of 2 steps from kept features"][0] == "16"
+    assert "6 tokens: ours, the frozen pass onto the disk, 2 pairs an image" in lines
+    sides = ("peft, LoRA, adapters in bf16, 2 pairs",
+             "peft, LoRA, adapters in fp32, autocast, 2 pairs", "ours, LoRA, 2 pairs",
+             "ours, stage 2, 4 pairs")
+    assert {f"{n} tokens: {side}" for n in (6, 10) for side in sides} <= lines.keys()
+    assert "adapters off: differ by" in said
+
+
+def test_zero_on_several_processes():
+    said = succeeds("python", "bench/bench_zero.py", *TINY_ZERO)
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| 2 |")]
+    assert [(row[1], row[2]) for row in rows] == [("full", "3"), ("full", "3 + offload")]
+    assert all(float(row[3]) > 0 for row in rows)
+
+
+# ---- Both sides are the same model ---------------------------------------------------------------
+
+
+def test_both_sides_hold_the_same_memory():
+    ours = peer.random_llava("tiny")
+    theirs = peer.peer_of(ours)
+    shared = {**ours.trunk.state_dict(), **ours.head.state_dict()}
+    found = {peer.our_name(name): tensor.data_ptr()
+             for name, tensor in theirs.state_dict().items()}
+    assert all(found[name] == tensor.data_ptr() for name, tensor in shared.items())
+
+
+def test_a_difference_ends_the_benchmark(monkeypatch):
+    """One weight of the peer is another: the program must end and not print it as a comparison."""
+    def other(ours):
+        theirs = peer_of(ours)
+        weight = theirs.lm_head.weight.roll(1, 0)
+        theirs.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return theirs
+
+    peer_of = peer.peer_of
+    monkeypatch.setattr(bench_pope, "peer_of", other)
+    with pytest.raises(SystemExit, match="cannot be compared"):
+        bench_pope.main(TINY_POPE)
+
+
+def test_answers_that_end_early_are_refused(tmp_path):
+    ours = peer.random_llava("tiny")
+    names = peer.write_images(tmp_path, 2)
+    questions = [(name, bench_pope.question(word))
+                 for name in names for word in bench_pope.OBJECTS[:20]]
+    line, said = bench_pope.time_ours(ours, tmp_path, "ours", questions, 3, 2)
+    assert line.units == 40 == len(said)
+    first = int(said[questions[0]].split()[0].removeprefix("#"))
+    # Now `</s>` has twice the logit of the first answer's first token.
+    ours.head.lm_head.weight[EOS] = 2 * ours.head.lm_head.weight[first]
+    with pytest.raises(SystemExit, match="3 tokens long"):
+        bench_pope.time_ours(ours, tmp_path, "ours", questions, 3, 2)
+
+
+def test_unpacked_rows_are_the_questions_alone():
+    ours = peer.random_llava("tiny")
+    rows, _ = bench_trunk.rows_of(ours, 2, 3)
+    for row in rows:
+        for number, ids in enumerate(peer.unpack(row), start=1):
+            article, word = "an" if number == 1 else "a", "abc"[number - 1] * 3
+            conversation = [(f"{IMAGE}\nIs there {article} {word} in the image?", None)]
+            encoded = encode_conversation(ours.tokenizer, conversation, SYSTEM)
+            alone, _ = expand(*encoded, ours.config.vision.num_patches, "image")
+            assert ids == alone
+
+
+# ---- What is counted and printed -----------------------------------------------------------------
+
+
+def counted(run):
+    """Operations of run() by torch's own counter.
+
+    The counter misses some fast attention kernels, and the CPU decides which kernel is taken. The
+    math backend is made of matrix products, which are counted everywhere, in full: also what a mask
+    forbids.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("text", (peer.SIZES["tiny"].text, LlamaConfig(64, 64, 96, 2, 4, 4)),
+                         ids=("grouped heads", "as many key heads"))
+def test_counted_operations(text):
+    vision = CLIPVisionConfig(24, 48, 3, 4, image_size=24, patch_size=8)
+    config, T = LlavaConfig(text, vision), 20
+    trunk, position = Trunk(config), torch.arange(T)[None]
+    embeds, pixels = torch.randn(1, T, text.hidden_size), torch.randn(3, 3, 24, 24)
+
+    decoder = counted(lambda: trunk.model(embeds, position, torch.zeros_like(position)))
+    pairs = T * T - T * (T + 1) // 2                                       # that the mask forbids
+    forbidden = 4 * text.hidden_size * text.num_hidden_layers * pairs
+    assert measuring.decoder_flops(config, range(T)) + forbidden == decoder
+
+    tower = counted(lambda: trunk.model.mm_projector(trunk.vision_tower(pixels)))
+    patches = 2 * 3 * vision.hidden_size * 3 * 24 ** 2                # their embedding, left out
+    assert measuring.tower_flops(config, 3) + patches == tower
+
+
+def test_the_counter_counts_attention():
+    """Else the test above would compare nothing of it: 4 · heads · T² · head_dim for a product."""
+    q = torch.randn(1, 4, 20, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert counted(lambda: attend(q, q, q, is_causal=True)) == 4 * 4 * 20 ** 2 * 8
+
+
+def test_table():
+    """10 pairs in 2 s are 25.6 s for 128; 5 pairs in 8 s are eight times slower."""
+    slow = measuring.Line("slow", 8.0, 5, 100, 4e9)
+    fast = measuring.Line("fast", 2.0, 10, 1000, 1e9, 3 * 2 ** 30, (slow,))
+    text = measuring.table([slow, fast], "pair", 128, 1e9)
+    assert lines_of(text)["slow"] == ["5", "204.8", "–", "12", "50.0 %", "–"]
+    assert lines_of(text)["fast"] == ["10", "25.6", "8.00", "500", "50.0 %", "3.0"]
+
+
+def test_agreement():
+    numbers = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    agreement = measuring.agreement
+    agreement("same", numbers + 1e-6, numbers, torch.float32)
+    agreement("rounded", numbers.bfloat16(), numbers, torch.bfloat16)
+    with pytest.raises(SystemExit):
+        agreement("other", numbers + 1e-3, numbers, torch.float32)
+    with pytest.raises(SystemExit):
+        agreement("nothing", numbers * float("nan"), numbers, torch.float32)
+    agreement("control", numbers + 1, numbers, torch.float32, control=True)
+
+
+def test_questions_are_in_popes_proportions(tmp_path):
+    images = [f"{n}.jpg" for n in range(500)]
+    bench_pope.write_pope(tmp_path, images)
+    rows = {split: read_pope(str(tmp_path), split) for split in SPLITS.values()}
+    yes = [{(q["image"], q["text"]) for q in questions if q["label"] == "yes"}
+           for questions in rows.values()]
+    assert all(len(questions) == 3000 for questions in rows.values())
+    assert yes[0] == yes[1] == yes[2] and len(yes[0]) == 1500
+    distinct = {(q["image"], q["text"]) for questions in rows.values() for q in questions}
+    assert abs(len(distinct) / 5127 - 1) < 0.02
+
+
+def test_stand_in_tokenizer():
+    tokenizer, text = peer.StandInTokenizer(512), "\nIs there a dog in the image? ASSISTANT:"
+    ids = tokenizer.encode(text)
+    assert len(ids) == 15 and all(2 < i < 511 for i in ids) and ids == tokenizer.encode(text)
+    assert tokenizer.decode([5, 2, 7]) == "#5 #2 #7"

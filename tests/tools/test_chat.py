@@ -1,0 +1,297 @@
+"""tools/chat.py: what appears on the screen and on stdout, letter by letter, and what Ctrl-C and
+mistakes leave behind.
+"""
+import copy
+import itertools
+import os
+import pty
+import select
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import sentencepiece
+import torch
+from conftest import ROOT, shell, succeeds
+
+from checkpoints.load import load_base
+from checkpoints.save import save_trained
+from data import EOS, IMAGE_ID, Tokenizer
+from tools.chat import Chat, main, tails
+from tools.sampling import Conversation, Sampling
+
+QUESTION = "Is there a dog in the image?"
+CHAT = "python", "-m", "tools.chat"
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    return load_base(world.base)
+
+
+@pytest.fixture(scope="module")
+def lively(world):
+    """The same base with such weights that picture, question and what was said before change what
+    it says.
+    """
+    model = load_base(world.base)
+    for parameter in model.trunk.parameters():
+        parameter *= 3 if parameter.dim() > 1 else 1
+    return model
+
+
+@pytest.fixture(scope="module")
+def images(world):
+    folder = os.path.join(world.coco, "val2014")
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))[:2]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, base, tmp_path_factory):
+    """A trained checkpoint over the world's base: another `lm_head`, which says other things."""
+    folder = str(tmp_path_factory.mktemp("checkpoints") / "other")
+    weight = base.head.lm_head.weight.roll(1, 0)
+    info = {"base": world.base, "fingerprint": base.fingerprint}
+    save_trained(folder, {"lm_head.weight": weight}, info, base.tokenizer)
+    return folder
+
+
+def answers(model, image, questions, **options):
+    """What a conversation with the model's own head says, as texts."""
+    conversation, sampling = Conversation(model, model.head, image), Sampling(**options)
+    return [model.tokenizer.decode(list(conversation.answer(question, sampling)))
+            for question in questions]
+
+
+@pytest.fixture
+def play(monkeypatch, capsys):
+    """play(model, image, lines, ...): type lines into a chat → Chat, what was printed.
+
+    A line that is callable is called when it is its turn. Every head of the model answers.
+    """
+    def play(model, image, lines, **options):
+        script = iter(lines)
+
+        def typed(prompt):
+            line = next(script, None)
+            if line is None:
+                raise EOFError
+            return line() if callable(line) else line
+
+        monkeypatch.setattr("builtins.input", typed)
+        chat = Chat(model, model.heads, Sampling(**options))
+        chat.begin(image)
+        chat.loop()
+        return chat, capsys.readouterr().out
+    return play
+
+
+def answered(said, name="base"):
+    """A head's answers among what a chat printed."""
+    return [line.removeprefix(f"{name}: ").removesuffix(" […]")
+            for line in said.splitlines() if line.startswith(f"{name}: ")]
+
+
+# ---- Streaming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ("char", "bpe"))
+def test_tails_are_the_text(tmp_path, model_type):
+    """Put together they are the whole text, with every space. No half character is shown, and
+    nothing waits that is whole.
+    """
+    path, text = tmp_path / "tokenizer.model", "Yes,  a dog naïve — 狗 🐕‍🦺 ok"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["yes a dog and a cat ok naive"] * 9), model_writer=file,
+            model_type=model_type, byte_fallback=True, vocab_size=290, hard_vocab_limit=False,
+            remove_extra_whitespaces=False, minloglevel=2)
+    tokenizer = Tokenizer(str(path))
+    ids = tokenizer.encode(text)
+    assert sum(tokenizer.model.is_byte(i) for i in ids) > 10 and tokenizer.decode(ids) == text
+    shown = list(tails(iter(ids), tokenizer.decode))
+    assert "".join(shown) == text and len(shown) > 10 and "\ufffd" not in "".join(shown)
+    for n in range(len(ids)):
+        # An answer that ends there, whatever it ends with.
+        parts = list(tails(iter(ids[:n]), tokenizer.decode))
+        assert "".join(parts) == tokenizer.decode(ids[:n])
+        assert text.startswith("".join(parts[:-1]))
+    assert list(tails(iter([]), tokenizer.decode)) == []
+
+
+# ---- The chat ------------------------------------------------------------------------------------
+
+
+def test_commands(lively, images, play):
+    first, second = images
+    lines = [QUESTION, "Why?", "/reset", QUESTION, f"/image {second}", QUESTION, "/image",
+             "/reste", "", "  "]
+    _, said = play(lively, first, lines, max_new_tokens=12)
+    about_first = answers(lively, first, [QUESTION, "Why?"], max_new_tokens=12)
+    about_second = answers(lively, second, [QUESTION], max_new_tokens=12)
+    spoken = answered(said)
+    assert spoken == about_first + about_first[:1] + about_second and len(set(spoken)) == 3
+    assert said.count("/image PATH") == 3
+    assert f"about {second}" in said and f"about {first}" in said
+
+
+def test_a_bad_picture_changes_nothing(lively, images, tmp_path, play):
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    lines = [QUESTION, f"/image {tmp_path}/nowhere.jpg", f"/image '{text}'", "What is <image>?",
+             "Why?", "/exit", "never read"]
+    _, said = play(lively, images[0], lines, max_new_tokens=12)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    assert "nowhere.jpg" in errors[0] and "text.jpg" in errors[1] and "<image>" in errors[2]
+    spoken = answered(said)
+    assert spoken == answers(lively, images[0], [QUESTION, "Why?"], max_new_tokens=12)
+    # It knows what was said before.
+    assert spoken[1] != answers(lively, images[0], ["Why?"], max_new_tokens=12)[0]
+
+
+def press_ctrl_c(trunk, forward):
+    """Ctrl-C in the middle of the model's so-many-th forward. Returns the hook, to be removed."""
+    forwards = itertools.count(1)
+
+    def press(*_):
+        if next(forwards) == forward:
+            signal.raise_signal(signal.SIGINT)
+
+    return trunk.model.layers[0].register_forward_hook(press)
+
+
+def test_ctrl_c(base, images, play):
+    """At the prompt: a new prompt. In an answer: the answer ends, what it said is kept, and the
+    next question is answered.
+    """
+    hook = press_ctrl_c(base.trunk, 4)
+    lines = [lambda: signal.raise_signal(signal.SIGINT), QUESTION, "Why?"]
+    chat, said = play(base, images[0], lines, max_new_tokens=9)
+    hook.remove()
+    ids = chat.conversations["base"].ids
+    first, second = answered(said)
+    cut = ids.index(EOS)
+    assert first == base.tokenizer.decode(ids[cut - 3:cut])              # three of nine tokens
+    assert second == base.tokenizer.decode(ids[-9:]) and said.count("[…]") == 2
+
+
+@pytest.mark.parametrize("forward", (1, 4))
+def test_ctrl_c_beside_another(lively, images, play, forward):
+    """It stops the base's answer, the other's follows. Both remember the same: before the first
+    word, that nothing was asked.
+    """
+    other = copy.deepcopy(lively.head)
+    other.lm_head.weight.data = lively.head.lm_head.weight.roll(1, 0)
+    hook = press_ctrl_c(lively.trunk, forward)
+    both = replace(lively, heads=lively.heads | {"other": other})
+    chat, said = play(both, images[0], [QUESTION, "Why?"], max_new_tokens=9)
+    hook.remove()
+    remembered = [QUESTION, "Why?"] if forward == 4 else ["Why?"]
+    alone = replace(lively, heads={"other": other})
+    whole = answers(alone, images[0], [QUESTION], max_new_tokens=9)
+    later = answers(alone, images[0], remembered, max_new_tokens=9)
+    assert answered(said, "other") == whole + later[-1:]
+    ids = [i for i in chat.conversations["base"].ids if i != IMAGE_ID]
+    assert lively.tokenizer.decode(ids).count("USER:") == len(remembered)
+    assert bool(answered(said)[0]) == (forward == 4)
+
+
+def test_text_only_and_drawing(base, capsys):
+    said = set()
+    for seed in (1, 1, 2):
+        chat = Chat(base, base.heads, Sampling(temperature=1.5, max_new_tokens=12), seed)
+        chat.begin(None)
+        chat.ask("Hello?", names=False)
+        said.add(capsys.readouterr().out)
+    assert len(said) == 2 and all(text.count("\n") == 1 and len(text) > 9 for text in said)
+
+
+# ---- The program ---------------------------------------------------------------------------------
+
+
+def test_prompt_prints_the_answer_only(base, images, checkpoint, monkeypatch):
+    """Base and checkpoint, from another folder; --compare puts both behind their names."""
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    options = ["--image", images[0], "--prompt", QUESTION, "--max_new_tokens", 9]
+    said = succeeds(*CHAT, checkpoint, *options, "--compare", cwd="/")
+    by_base, = answers(base, images[0], [QUESTION], max_new_tokens=9)
+    first, second = said.splitlines()
+    assert first.removesuffix(" […]") == f"base: {by_base}" and second.startswith("other: ")
+    alone = succeeds(*CHAT, checkpoint, *options, cwd="/")
+    assert f"other: {alone}" == second.removesuffix(" […]") + "\n" and alone != by_base + "\n"
+
+
+FLAGS = {"drawing": {"temperature": 1.5, "top_p": 0.9, "top_k": 7, "repetition_penalty": 1.3,
+                     "no_repeat_ngram_size": 3, "max_new_tokens": 11},
+         "beams": {"num_beams": 3, "no_repeat_ngram_size": 2, "max_new_tokens": 6}}
+
+
+@pytest.mark.parametrize("how", FLAGS)
+def test_flags_arrive(world, base, images, monkeypatch, capsys, how):
+    """What is typed is what samples; nothing else is on stdout."""
+    flags = FLAGS[how]
+    # The rest of the suite wants its Ctrl-C.
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    typed = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["chat", world.base, "--image", images[0], "--prompt", QUESTION,
+                                     "--seed", "3", *typed])
+    main()
+    greedy = Conversation(base, base.head, images[0])
+    greedy = list(greedy.answer(QUESTION, Sampling(max_new_tokens=11)))
+    generator = torch.Generator().manual_seed(3)
+    conversation = Conversation(base, base.head, images[0])
+    said = list(conversation.answer(QUESTION, Sampling(**flags), generator))
+    assert capsys.readouterr().out == base.tokenizer.decode(said) + "\n"
+    assert 1 < len(said) <= flags["max_new_tokens"] and said != greedy[:len(said)]
+
+
+MISTAKES = {
+    "no such checkpoint": (["nowhere"], "nowhere: no such folder"),
+    "no such image": (["CKPT", "--image", "nowhere.jpg"], "nowhere.jpg"),
+    "top_p": (["CKPT", "--temperature", "1", "--top_p", "1.5"], "--top_p 1.5: must be"),
+    "nothing to compare": (["BASE", "--compare"], "--compare"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_mistakes(world, checkpoint, what):
+    words, message = MISTAKES[what]
+    words = [{"CKPT": checkpoint, "BASE": world.base}.get(word, word) for word in words]
+    done = shell(*CHAT, *words, "--prompt", "Hello?")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert lines[-1].startswith("error: ") and message in lines[-1]
+
+
+def test_at_a_terminal(world, images):
+    """A real terminal: type a question, press Ctrl-C while it answers, ask again, end with Ctrl-D.
+    """
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        command = [sys.executable, "-m", "tools.chat", world.base, "--image", images[0]]
+        os.execv(sys.executable, command)
+    screen = ""
+
+    def wait_for(text):
+        """Read the screen on until `text` has appeared, and go past it."""
+        nonlocal screen
+        while text not in screen:
+            ready, _, _ = select.select([terminal], [], [], 60)
+            assert ready, f"no {text!r} in a minute"
+            screen += os.read(terminal, 4096).decode(errors="replace")
+        before, screen = screen.split(text, 1)
+        assert "Traceback" not in before
+
+    wait_for("USER: ")
+    for question, ends in ((QUESTION, "\x03"), ("Why?", "")):
+        os.write(terminal, f"{question}\n".encode())
+        wait_for("base: ")
+        os.write(terminal, ends.encode())
+        wait_for("USER: ")
+    os.write(terminal, b"\x04")
+    assert os.waitpid(process, 0)[1] == 0
+    os.close(terminal)

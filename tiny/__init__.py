@@ -1,0 +1,1 @@
+"""The tiny world, and what a run without files trains on."""

@@ -1,0 +1,256 @@
+"""What a run without files trains on: the tiny world's images, tower, base model, preference data.
+
+`prepare_tiny_world` makes each of them once, beside the run's output folder. From then on it names
+them as paths, as a user with real files would. The base is trained by stage 0 of train.py itself.
+The rejected answers are mined from what that base says about images it has not seen, as HA-DPO's
+were.
+
+The sizes below follow a recipe that was found by measuring (docs/results.md). The projector is
+narrow, so the tower sees more than LLaMA gets to know, and the block has something to find.
+"""
+import copy
+import json
+import os
+from dataclasses import asdict, fields
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from checkpoints.load import load_base
+from checkpoints.save import save_base
+from checkpoints.weights import load_weights
+from clip_vit import CLIPVisionConfig
+from data import IMAGE, Example, PackedDataset, Tokenizer, read_image_index
+from llama import LlamaConfig
+from model import Head, Llava, LlavaConfig, Trunk, answer
+from support.common import InputError, Number, read_json, write_json
+from support.outputs import Journal, digest
+from tiny.pictures import SIDE
+from tiny.tower import PATCH, TowerTraining, pretrain_tower
+from tiny.world import Sizes, draw_supervised, make_world, write_preferences
+from training.flags import RUNNING, SIZES, parse_flags
+
+TINY_LLAVA = LlavaConfig(
+    LlamaConfig(vocab_size=0,               # replaced by the tokenizer's
+                hidden_size=96, intermediate_size=240, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512),
+    CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4,
+                     num_attention_heads=4, image_size=SIDE, patch_size=PATCH),
+    select_layer=-1, projector_hidden_size=8, max_length=512)
+SHIPPED_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
+SHIPPED_SEED = 42
+
+
+def prepare_tiny_world(args, train, device):
+    """Make what is missing, then set the paths in `args` → whether that was all that was asked for.
+
+    `train`: train.py's function for one run. InputError if what is there has another --seed or
+    other sizes. Stage 0 with flags of its own starts from the untrained model, as the base did.
+    """
+    check_sizes(args)
+    root, first = os.path.dirname(args.output_dir), dist.get_rank() == 0
+    world, untrained, base = (os.path.join(root, name) for name in ("world", "untrained", "base"))
+    only_base = args.stage == 0 and args.output_dir == base
+    own_stage_0 = args.stage == 0 and not only_base
+    refuse_other_sizes(args, world, untrained, base)
+    if not os.path.isdir(base) and args.stage != 0 and ships_base_of(args):
+        base = shipped_base()
+    supervised = own_stage_0 or not os.path.isdir(base)
+    if first:
+        draw_world(world, args.seed, Sizes(**args.tiny_sizes), supervised)
+    if first and supervised and not os.path.isdir(untrained):
+        print(f"no untrained model in {untrained}: pre-training a vision tower (once; two minutes "
+              "on two cores)", flush=True)
+        make_untrained_base(untrained, world, args.seed, device, args.tiny_tower)
+    dist.barrier()
+
+    # Stage 0's data; the base; what the base says, which is the others' data.
+    args.data_path = os.path.join(world, "llava", "train.json")
+    args.image_folder = os.path.join(world, "llava", "images")
+    if own_stage_0:
+        args.model_name_or_path = untrained
+        return False
+    if not os.path.isdir(base):
+        train(stage_0(args, untrained, base))
+    if first:
+        mine_preferences(world, base, device)
+    dist.barrier()
+    hadpo = os.path.join(world, "hadpo")
+    args.model_name_or_path = base
+    args.vg_path = os.path.join(world, "VG")
+    args.desc_data_path = os.path.join(hadpo, "desc_data.json")
+    args.pope_data_path = os.path.join(hadpo, "pope_data.json")
+    return only_base
+
+
+# ---- The base that comes with the code -----------------------------------------------------------
+
+
+def shipped_base():
+    """The folder, as a user in the repository would type it."""
+    inside = os.path.dirname(os.path.dirname(SHIPPED_BASE)) == os.getcwd()
+    return os.path.relpath(SHIPPED_BASE) if inside else SHIPPED_BASE
+
+
+def ships_base_of(args):
+    """Whether the base of these flags is the one that comes with the code."""
+    return args.seed == SHIPPED_SEED and not (
+        args.tiny_sizes or args.tiny_tower or args.tiny_base_steps)
+
+
+def world_beside(checkpoint):
+    """The tiny world that a checkpoint belongs to, and a folder beside it for what is asked.
+
+    The shipped base has none beside it, and nothing is written there: out/ stands in, and a world
+    is drawn where none is.
+    """
+    if os.path.realpath(checkpoint) != os.path.realpath(SHIPPED_BASE):
+        beside = checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint)
+        return os.path.join(os.path.dirname(checkpoint), "world"), beside
+    world = os.path.join("out", "world")
+    if os.path.isdir(world):
+        seed = read_json(os.path.join(world, "world.json"), dict)["seed"]
+        if seed != SHIPPED_SEED:
+            raise InputError(f"{world}: was made with --seed {seed}, and {checkpoint} with "
+                             f"{SHIPPED_SEED}; name other images and questions with --coco_path "
+                             "and --pope_path, or another folder's checkpoint")
+    elif int(os.environ.get("RANK", 0)) == 0:
+        draw_world(world, SHIPPED_SEED, Sizes(), supervised=False)
+    if dist.is_initialized():
+        dist.barrier()
+    return world, "out"
+
+
+def draw_world(world, seed, sizes, supervised):
+    """Draw what is missing of a world; `supervised`: the images of stage 0 as well."""
+    if not os.path.isdir(world):
+        print(f"no world in {world}: drawing it (seed {seed}; once, seconds)", flush=True)
+        make_world(world, seed, sizes, supervised)
+    elif supervised and not os.path.isdir(os.path.join(world, "llava", "images")):
+        print(f"no images in {world}/llava: drawing them (once, seconds)", flush=True)
+        draw_supervised(world)
+
+
+# ---- What is asked for, and what is there --------------------------------------------------------
+
+
+def check_sizes(args):
+    """InputError where --tiny_sizes or --tiny_tower has a name or a number that cannot be."""
+    for flag, kind, values in (("--tiny_sizes", Sizes, args.tiny_sizes),
+                               ("--tiny_tower", TowerTraining, args.tiny_tower)):
+        types = {field.name: field.type for field in fields(kind)}
+        if not values.keys() <= types.keys():
+            raise InputError(f"{flag} {json.dumps(values)}: must be an object with some of "
+                             f"{', '.join(types)}")
+        for name, value in values.items():
+            Number(f"{flag} {name}", types[name], above=0)(json.dumps(value))
+
+
+def refuse_other_sizes(args, world, untrained, base):
+    """InputError if the folders that are there were made with another seed or other sizes."""
+    def refuse(when, text):
+        if when:
+            raise InputError(text)
+
+    other = f"name another --output_dir, e.g. out/other/{os.path.basename(args.output_dir)}"
+    if os.path.isdir(world):
+        there = read_json(os.path.join(world, "world.json"), dict)
+        seed, sizes = there["seed"], Sizes(**args.tiny_sizes)
+        refuse(seed != args.seed,
+               f"{world}: was made with --seed {seed}, not {args.seed}; "
+               + other.replace("/other/", f"/seed{args.seed}/"))
+        refuse(args.tiny_sizes and asdict(sizes) != there["sizes"],
+               f"{world}: was made with --tiny_sizes {json.dumps(there['sizes'])}; {other}")
+    for folder in filter(os.path.isdir, (untrained, base)):
+        made_with = read_json(os.path.join(folder, "config.json"), dict).get("arguments", {})
+        for name in ("tiny_tower", "tiny_base_steps"):
+            typed = getattr(args, name)
+            refuse(typed and name in made_with and typed != made_with[name],
+                   f"{folder}: was made with --{name} {json.dumps(made_with.get(name))}; {other}")
+
+
+def stage_0(args, untrained, base):
+    """The flags of the run that trains the base: of what was typed only the seed, the sizes, and
+    what does not change a result.
+
+    The precision is the same on every machine.
+    """
+    beside = os.path.join(os.path.dirname(base), "stage0")
+    flags = parse_flags(["--stage", "0", "--no-bf16", "--output_dir", beside])
+    flags.output_dir, flags.model_name_or_path = base, untrained
+    for name in (*SIZES, *RUNNING, "data_path", "image_folder"):
+        setattr(flags, name, getattr(args, name))
+    flags.max_steps = args.tiny_base_steps
+    return flags
+
+
+def make_untrained_base(folder, world, seed, device, tiny_tower):
+    """Write a random tiny LLaVA around a pre-trained tower, in LLaVA's layout."""
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(os.path.join(world, "tokenizer.model"))
+    config = copy.deepcopy(TINY_LLAVA)
+    config.text.vocab_size = len(tokenizer)
+    trunk, head = Trunk(config), Head(config)
+    for module in (*trunk.model.modules(), head.lm_head):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)                # as LLaMA is initialised
+    auc = pretrain_tower(trunk.vision_tower.to(device), seed, TowerTraining(**tiny_tower))
+    print(f"vision tower: mean AUC of the classes {auc:.3f}", flush=True)
+    save_base(folder, Llava(trunk.cpu(), {"base": head}, tokenizer, None, ""),
+              arguments={"tiny_tower": tiny_tower})
+
+
+def mine_preferences(world, base, device):
+    """Ask the base every preference question and write HA-DPO's files from its answers.
+
+    They are made once for a base; those of another base move aside. A journal in `world` keeps the
+    answers until then.
+    """
+    model = load_base(base, dtype=torch.float32, device=device, read_trunk=False)
+    if mined_from(world, model.fingerprint):
+        return
+    load_weights(model.trunk)
+    images = read_image_index(os.path.join(world, "VG"))
+    rows = read_json(os.path.join(world, "preference.json"))
+    asked, examples = [], []
+    for row in rows:
+        questions = [q["question"] for q in row["questions"]]
+        if "describe" in row:
+            questions.append(row["describe"])
+        asked.append(questions)
+        examples.append(Example(images[row["image_id"]],
+                                [[(f"{IMAGE}\n{question}", None)] for question in questions]))
+    dataset = PackedDataset(examples, model.row_format())
+    journal = Journal(world, {"base": model.fingerprint, "questions": digest(asked)})
+    texts = {row["image"]: row["answers"] for row in journal.read()}
+    rest = [i for i in range(len(rows)) if i not in texts]
+    with journal.kept_on_interrupt(len(rows), "images"):
+        for i, [(answers, _)] in answer(model, dataset, 40, 64, rest):      # of the only head
+            texts[i] = answers
+            journal.add({"image": i, "answers": answers})
+
+    said = {}
+    for i, (row, questions) in enumerate(zip(rows, asked, strict=True)):
+        for question, text in zip(questions, texts[i], strict=True):
+            said[row["image_id"], question] = text
+    counts = write_preferences(world, said)
+    write_json(os.path.join(world, "hadpo", "base.json"), {"fingerprint": model.fingerprint})
+    journal.remove()
+    mined = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+    print(f"preference data mined from the base's own answers: {mined}", flush=True)
+
+
+def mined_from(world, fingerprint):
+    """Whether HA-DPO's files are there and were mined from this base. Else their place is free."""
+    hadpo = os.path.join(world, "hadpo")
+    if not os.path.isfile(os.path.join(hadpo, "base.json")):            # the last file of them
+        return False
+    before = read_json(os.path.join(hadpo, "base.json"), dict).get("fingerprint")
+    if before == fingerprint:
+        return True
+    print(f"{hadpo}: was mined from another base; it is {hadpo}-{before} now", flush=True)
+    os.rename(hadpo, f"{hadpo}-{before}")
+    if os.path.isdir(f"{hadpo}-{fingerprint}"):
+        os.rename(f"{hadpo}-{fingerprint}", hadpo)
+    return os.path.isdir(hadpo)

@@ -1,0 +1,1 @@
+"""Programs to look and to talk: `python -m tools.chat`, explain, report, plots, merge."""

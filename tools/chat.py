@@ -1,0 +1,228 @@
+"""Talk to a checkpoint in the terminal, or ask it one question from a script.
+
+    python -m tools.chat out/stage2 --image photo.jpg              # words appear as they are chosen
+    python -m tools.chat out/stage2 --image photo.jpg --compare    # the base's answer above it
+    python -m tools.chat out/stage2 --image photo.jpg --log chat.jsonl    # and keep what was said
+    python -m tools.chat out/stage2 --image photo.jpg --prompt "Is there a dog?" > answer.txt
+    python -m tools.chat CKPT --model_name_or_path llava-v1.5-7b --temperature 0.2 --top_p 0.9
+
+With `--prompt` only the answer goes to stdout. In a chat `/image PATH` begins a new conversation
+about another picture, `/reset` one about the same picture, and Ctrl-C stops an answer but not the
+program (with `--compare` the other answer follows). CKPT is what eval_pope.py takes; without an
+image the conversation is in text only. tools/sampling.py tells how tokens are chosen. `--log FILE`
+appends every question and answer to a file as JSON lines, so that a closed terminal loses none of
+them. The conversation itself (its cache) is not kept: a chat cannot be taken up again.
+
+Follows `llava.serve.cli` of haotian-liu/LLaVA (one image at the head of the conversation, template
+`v1`). Deliberately different: greedy unless a temperature is named.
+"""
+import argparse
+import os
+import signal
+import sys
+import time
+from dataclasses import fields
+
+try:
+    import readline  # noqa: F401    (gives `input` arrow keys and a history; some Pythons lack it)
+except ImportError:
+    pass
+
+import torch
+
+from checkpoints.load import Source, load_all
+from data import EOS
+from support.common import InputError, Number, device_and_dtype, run_program
+from support.images import check_images
+from support.outputs import Lines, check_output_file
+from tools.sampling import Conversation, Sampling
+
+COMMANDS = ("/image PATH: another picture; /reset: from the beginning; /exit or Ctrl-D: end; "
+            "Ctrl-C stops an answer")
+
+
+def tails(tokens, decode):
+    """Ids, one by one → the text that each adds, for printing.
+
+    SentencePiece's spaces and bytes have their final form only together, so the whole answer is
+    decoded again for every token. A character that is not yet whole is held back.
+    """
+    ids, shown, text = [], 0, ""
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        whole = len(text.rstrip("\ufffd"))
+        if whole > shown:
+            yield text[shown:whole]
+            shown = whole
+    if len(text) > shown:
+        yield text[shown:]
+
+
+class Chat:
+    """Conversations of one or two heads about the same picture, printed as they go.
+
+    `heads` {name: Head} are those of a Llava that answer. `log` (Lines) keeps what is said.
+    """
+
+    def __init__(self, model, heads, sampling, seed=None, log=None):
+        self.model, self.heads, self.sampling, self.log = model, heads, sampling, log
+        self.generator = torch.Generator(next(model.trunk.parameters()).device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def begin(self, image):
+        """A new conversation about `image`, a path or None.
+
+        After an InputError the old one goes on.
+        """
+        self.conversations = {name: Conversation(self.model, head, image)
+                              for name, head in self.heads.items()}
+        self.image = image
+
+    def ask(self, question, names):
+        """Print every head's answer, behind its name if `names`.
+
+        Ctrl-C stops one answer, and the next head's follows. A head that was stopped before it said
+        anything was not asked (sampling.py). Then no head was asked: their later answers are to be
+        compared, so they must remember the same. InputError when the question does not fit.
+        """
+        conversations = self.conversations
+        lengths = {name: len(conversation.ids) for name, conversation in conversations.items()}
+        for conversation in conversations.values():
+            conversation.turn(question)             # raises InputError before anything is printed
+        self.keep(role="user", text=question, image=self.image)
+        for name, conversation in conversations.items():
+            if names:
+                print(f"{name}: ", end="", flush=True)
+            answer, said = conversation.answer(question, self.sampling, self.generator), ""
+            try:
+                for text in tails(answer, self.model.tokenizer.decode):
+                    said += text
+                    print(text, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            finally:                                # also where the terminal is closed
+                unfinished = conversation.ids[-1:] != [EOS]
+                self.keep(role=name, text=said, finished=not unfinished)
+            print(" […]" if names and unfinished else "", flush=True)
+        if any(len(conversations[name].ids) == length for name, length in lengths.items()):
+            for name, length in lengths.items():
+                conversations[name].forget(length)
+
+    def keep(self, **row):
+        """Append a row to the log, if there is one. The chat goes on where that fails."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        try:
+            if self.log:
+                self.log.add({"time": now, **row})
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr)
+
+    def obey(self, line):
+        """Carry out a line that begins with a slash; `loop` sees to /exit."""
+        command, _, rest = line.partition(" ")
+        path = os.path.expanduser(rest.strip().strip("'\""))
+        if line == "/reset" or command == "/image" and path:
+            self.begin(path or self.image)
+            print(f"a new conversation about {self.image or 'nothing'}")
+        else:
+            print(COMMANDS)
+
+    def loop(self):
+        """Read lines until there are no more."""
+        print(COMMANDS)
+        while True:
+            try:
+                line = input("\nUSER: ").strip()
+                if line == "/exit":
+                    return
+                if line.startswith("/"):
+                    self.obey(line)
+                elif line:
+                    self.ask(line, names=True)
+            except InputError as e:
+                print(f"error: {e}")
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def flags():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     prog="python -m tools.chat")
+    add = parser.add_argument
+
+    def add_number(flag, kind, help):               # the ranges are those of Sampling
+        add(flag, type=Number(flag, kind), help=help)
+
+    add("checkpoint", metavar="CKPT", help="trained checkpoint, LoRA adapter, or a base")
+    add("--image", help="a picture; without one the conversation is about nothing")
+    add("--prompt", help="ask this, print the answer and end")
+    add("--compare", action="store_true", help="the base's answer too, above the checkpoint's")
+    add("--log", metavar="FILE", help="append what is said to this file, a JSON line per turn (the "
+        "conversation itself is not kept)")
+    add("--model_name_or_path", help="the base, where it is not the one that the checkpoint names")
+    add("--vision_tower", help="CLIP's folder, where base or checkpoint name another")
+    add_number("--temperature", float, "0 (default): the likeliest token; else draw one")
+    add_number("--top_p", float,
+               "draw among the likeliest tokens of this probability together; 1 (default): all")
+    add_number("--top_k", int, "draw among this many; 0 (default): all")
+    add_number("--repetition_penalty", float, "above 1: what was said already is less likely")
+    add_number("--no_repeat_ngram_size", int,
+               "so many tokens in a row never come twice; 0 (default): off")
+    add_number("--num_beams", int, "beam search; the answer appears when it is finished")
+    add_number("--max_new_tokens", int, "an answer's length at most; default 512")
+    add("--seed", type=Number("--seed", int, low=0, high=2 ** 63 - 1),
+        help="with --temperature: the same answers again")
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
+    parser.set_defaults(**vars(Sampling()))
+    return parser
+
+
+def main():
+    parser = flags()
+    args = parser.parse_args()
+    sampling = Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is empty")
+    if args.image:
+        check_images([args.image])
+    if args.log:
+        check_output_file(args.log, "--log")
+        if hasattr(signal, "SIGHUP"):               # a closed terminal ends us, behind the log
+            signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
+    log = Lines(args.log) if args.log else None
+    if args.prompt:
+        # A script's Ctrl-C and `| head -c 9` end us as they end any tool.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+    device, dtype = device_and_dtype(args.bf16)
+    print(f"loading {args.checkpoint}", file=sys.stderr)
+    source = Source([args.checkpoint], args.model_name_or_path, args.vision_tower)
+    model = load_all(source, device, dtype)
+    if args.compare and len(model.heads) < 2:
+        raise InputError(f"{args.checkpoint}: is a base itself, so --compare has nothing to set it "
+                         "against; leave it out")
+    last = list(model.heads)[-1]
+    heads = model.heads if args.compare else {last: model.heads[last]}
+    chat = Chat(model, heads, sampling, args.seed, log)
+    chat.begin(args.image)
+    if args.prompt:
+        chat.ask(args.prompt, names=args.compare)
+    else:
+        chat.loop()
+
+
+if __name__ == "__main__":
+    run_program(main)

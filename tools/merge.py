@@ -1,0 +1,56 @@
+"""Write a checkpoint and its base as one whole model, in LLaVA's layout.
+
+    python -m tools.merge out/stage2 whole
+    python -m tools.merge out/base half --dtype fp16            # half the bytes of fp32
+    python -m tools.merge non_lora_trainables.bin whole --model_name_or_path llava-v1.5-7b
+
+The result is a base: train.py, eval_pope.py and the tools take it as one.
+"""
+import argparse
+import os
+
+import torch
+
+from checkpoints.load import base_of, checkpoint_type, load_base, load_trained, tower_of
+from checkpoints.save import save_base
+from support.common import InputError, run_program
+from support.outputs import check_output_folder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     prog="python -m tools.merge")
+    parser.add_argument("checkpoint", metavar="CKPT",
+                        help="trained checkpoint, LoRA adapter, or a base in any layout")
+    parser.add_argument("output", metavar="OUT", help="folder to write; must not exist yet")
+    parser.add_argument("--model_name_or_path", help="the base, where CKPT does not name it")
+    parser.add_argument("--vision_tower",
+                        help="CLIP's folder, where base and CKPT name none that is there")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the files")
+    args = parser.parse_args()
+    if os.path.lexists(args.output):
+        raise InputError(f"{args.output}: exists already; name a new folder")
+    check_output_folder(args.output, "OUT")
+    what = checkpoint_type(args.checkpoint)
+    base = base_of(args.checkpoint, args.model_name_or_path)
+    adapter = args.checkpoint if what == "adapter" else None
+    tower = tower_of(args.checkpoint, args.vision_tower)
+    model = load_base(base, tower, adapter=adapter)
+    if what in ("trained", "seed"):
+        model.heads = {"trained": load_trained(args.checkpoint, model)}
+    if args.dtype:
+        model.trunk.to(DTYPES[args.dtype])
+        model.head.to(DTYPES[args.dtype])
+    try:
+        save_base(args.output, model)
+    except OSError as e:
+        raise InputError(f"{args.output}: cannot be written ({e.strerror}); make room there, or "
+                         "name another folder") from e
+    beside = f" with {args.checkpoint}" if what != "base" else ""
+    print(f"{args.output}: {base}{beside}, a base of its own")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,3 @@
+"""What surrounds the loop of train.py: flags, DeepSpeed, samplers, guards, resume, kept
+features.
+"""

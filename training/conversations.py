@@ -1,0 +1,191 @@
+"""LLaVA's conversations: rows that stay on disk.
+
+    examples = read_llava("llava_v1_5_mix665k.json", "images")      # a sequence of Example
+    examples[123456]                                                # is read and parsed now
+
+LLaVA's file can be larger than memory, so it is not loaded. `read_llava` goes through it once to
+find where its rows begin and end. Whatever is wrong with it is an InputError that names file and
+row.
+
+Follows haotian-liu/LLaVA (arXiv 2310.03744).
+"""
+import json
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from data import IMAGE, Example
+from support.common import InputError, check_file, field, progress
+from support.images import below
+
+CHUNK = 2 ** 19       # bytes looked at together; they and their masks stay in the processor's cache
+LONGEST_ROW = 2 ** 26       # bytes; what does not end by then is no row
+ROWS_READ_FIRST = 10_000    # read_llava parses so many, which takes less than a second
+QUOTE, BACKSLASH, OPEN, CLOSE = b'"\\{}'
+IMAGE_NAME = re.compile(rb'"image"\s*:\s*"(?!")([^"\\]*(?:\\.[^"\\]*)*)"')
+
+
+def read_llava(data_path, image_folder):
+    """LLaVA's conversation JSON → ConversationFile, a sequence of Example with one conversation
+    each.
+
+    Rows are read once at the start, all of them or, of a long file, some from everywhere in it:
+    what is wrong is mostly wrong everywhere. An error in any other is raised when it is read.
+    """
+    examples = ConversationFile(data_path, image_folder)
+    for i in np.linspace(0, len(examples) - 1, min(len(examples), ROWS_READ_FIRST)).astype(int):
+        examples[i]
+    return examples
+
+
+class ConversationFile(Sequence):
+    """LLaVA's rows as a sequence of Example, read from the file one by one; memory holds some 20
+    bytes of each.
+
+    No file stays open, so DataLoader workers can be forked from its process or get it pickled.
+    """
+
+    def __init__(self, path, image_folder):
+        self.path, self.image_folder = path, image_folder
+        self.spans, self.has_image, self.image_names = index_rows(path)
+
+    def __len__(self):
+        return len(self.spans)
+
+    def sizes(self):
+        """Characters of each row and whether it names an image, (n,) and (n,)."""
+        return self.spans[:, 1] - self.spans[:, 0], self.has_image
+
+    def image_paths(self):
+        """Distinct images, without reading the rows."""
+        names = json.loads(b'["%b"]' % self.image_names) if self.image_names else []
+        try:
+            return [below(self.image_folder, name, self.path) for name in names]
+        except InputError:
+            for _ in self:                      # the row that has this name says so itself
+                pass
+            raise
+
+    def __getitem__(self, i):
+        begin, end = self.spans[i].tolist()
+        number = i % len(self)
+        with open(self.path, "rb", buffering=0) as file:
+            text = os.pread(file.fileno(), end - begin, begin)
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise InputError(f"{self.path}, row {number}: not readable as JSON ({e}); mend or "
+                             "remove the row") from e
+        return conversation(row, self.path, number, self.image_folder)
+
+
+def image_paths(examples):
+    """Distinct images of a list of Example, or of a ConversationFile."""
+    if isinstance(examples, ConversationFile):
+        return examples.image_paths()
+    return list(dict.fromkeys(e.image for e in examples if e.image))
+
+
+def conversation(row, path, number, image_folder):
+    """One of LLaVA's rows → Example. The image is moved to its turn's beginning."""
+    place, said = f"{path}, row {number}", field(row, "conversations", list, path, number)
+    who = [field(turn, "from", str, path, number) for turn in said]
+    if who[:1] == ["gpt"]:
+        said, who = said[1:], who[1:]               # as the original does
+    if not said or who != ["human", "gpt"] * (len(who) // 2):
+        raise InputError(f"{place}: turns must alternate human, gpt; mend or remove the row")
+    texts = [field(turn, "value", str, path, number) for turn in said]
+    if not all(text.strip() for text in texts[1::2]):
+        raise InputError(f"{place}: a turn of gpt is empty, so nothing of it can be learnt; mend "
+                         "or remove the row")
+    texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
+             for text in texts]
+    image = None
+    if row.get("image"):
+        image = below(image_folder, field(row, "image", str, path, number), place)
+    marked = sum(IMAGE in text for text in texts)
+    if marked != (image is not None):
+        having = "an image" if image else "no image"
+        raise InputError(f"{place}: has {having} but {IMAGE} stands in {marked} of its turns; mend "
+                         "or remove the row")
+    return Example(image, [list(zip(texts[::2], texts[1::2], strict=True))])
+
+
+def index_rows(path):
+    """Go once through a file of JSON objects, a list of them (indented or not) or one per line.
+
+    Returns where each begins and ends, (n, 2); whether it names an image, (n,); and the distinct
+    names as they stand in the file, `","` between them. What is outside the objects is checked
+    here, what is inside when a row is read.
+    """
+    check_file(path)
+    spans, has_image, names = [np.zeros((0, 2), np.int64)], bytearray(), {}
+    outside, rest, position = bytearray(), b"", 0
+    bar = progress("indexing rows", total=os.path.getsize(path), unit="B", unit_scale=True)
+    with open(path, "rb") as file, bar:
+        while len(rest) < LONGEST_ROW and (more := file.read(max(CHUNK, len(rest)))):
+            text = rest + more
+            found = whole_objects(text)                                    # (rows in this chunk, 2)
+            spans.append(position + found)
+            begins, ends = found.T.tolist()
+            images = [IMAGE_NAME.search(text, *span) for span in zip(begins, ends, strict=False)]
+            has_image += bytes(map(bool, images))
+            names.update((image[1], None) for image in images if image)
+            # And the first byte of each row
+            between = zip([0, *ends], begins, strict=False)
+            outside += b"".join([text[a:b + 1] for a, b in between])
+            behind = ends[-1] if ends else 0
+            rest, position = text[behind:], position + behind
+            bar.update(len(more))
+    check_outside(path, bytes(outside) + rest, len(has_image))
+    return np.concatenate(spans), np.frombuffer(has_image, bool), b'","'.join(names)
+
+
+def check_outside(path, outside, rows):
+    """Besides white space, a list's brackets and commas may stand outside of its rows (here a `{`
+    each), or nothing at all.
+    """
+    outside = outside.translate(None, b" \t\r\n")
+    if not outside:
+        raise InputError(f"{path}: is empty; was the download cut short?")
+    expected = b"[" + b",".join([b"{"] * rows) + b"]" if outside.startswith(b"[") else b"{" * rows
+    if outside != expected:
+        same = len(os.path.commonprefix((outside, expected)))
+        wrong, number = outside[same:].removeprefix(b","), outside[:same].count(b"{")
+        if not wrong:
+            what = "ends without a ]"
+        elif wrong.startswith(b"{"):
+            what = "begins and does not end" if number == rows else "needs one comma in front of it"
+        else:
+            what = f"here stands {wrong[:20].decode(errors='replace')!r}"
+        raise InputError(f"{path}, row {number}: not readable as JSON objects ({what}); is it the "
+                         "right file, was the download cut short?")
+
+
+def whole_objects(text):
+    """Bytes that begin outside of any JSON object → first byte and end of each outermost one that
+    is complete, (n, 2).
+    """
+    codes = np.frombuffer(text, np.uint8)
+    at = np.flatnonzero((codes == QUOTE) | (codes == OPEN) | (codes == CLOSE))
+    kind = codes[at]
+    quote = (kind == QUOTE) & ~is_escaped(codes, at)
+    in_text = np.logical_xor.accumulate(quote)                  # behind an odd number of quotes
+    brace = np.flatnonzero((kind != QUOTE) & ~in_text)
+    at, opens = at[brace], kind[brace] == OPEN
+    depth = np.cumsum(np.where(opens, 1, -1))
+    begin, end = at[opens & (depth == 1)], at[~opens & (depth == 0)] + 1
+    return np.stack((begin[:len(end)], end), 1)
+
+
+def is_escaped(codes, at):
+    """Which of the bytes `at` stand behind an odd number of backslashes, (len(at),)."""
+    odd = codes[at - 1] == BACKSLASH
+    more, back = np.flatnonzero(odd), 2
+    while len(more):
+        more = more[codes[at[more] - back] == BACKSLASH]
+        odd[more] ^= True
+        back += 1
+    return odd

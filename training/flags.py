@@ -1,0 +1,306 @@
+"""train.py's flags: what they are called, what they mean together, and what is refused at once.
+
+    args = parse_flags(["--stage", "2"])       # an argparse.Namespace, complete
+    runs = combinations(args)                  # one Namespace for each variant and learning rate
+
+Names are those that users of LLaVA and HA-DPO type. Whatever can be said before DeepSpeed starts
+and before a weight is read is said here.
+"""
+import argparse
+import itertools
+import json
+import os
+
+from checkpoints.load import is_trained
+from checkpoints.save import check_output_folder
+from model import GROUPS, STAGES, TRUNK
+from post_decoder import VARIANTS
+from support.common import InputError, Number
+from support.loading import spare_cores
+from training.blocks import resolve_block
+from training.picture import read_run
+
+# Defaults with a real model: LLaVA's for supervised training of the trunk (0), the training notes'
+# for the head (1, 2), HA-DPO's for DPO of the trunk.
+REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),
+        1: dict(learning_rate=[5e-7], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
+REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
+# Of the tiny world, chosen on validation images.
+TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
+        1: dict(learning_rate=[2e-3], num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
+TINY |= {2: TINY[1] | dict(learning_rate=[1e-3]),
+         "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1)}
+FILES = ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder")
+# The tiny world's own folders, beside --output_dir. Its base follows from SIZES; RUNNING does not
+# change a result.
+TINY_FOLDERS = ("world", "untrained", "base", "features")
+SIZES = ("seed", "tiny_sizes", "tiny_tower", "tiny_base_steps")
+RUNNING = ("resume", "save_steps", "dataloader_num_workers", "local_rank")
+
+
+def parse_flags(argv=None):
+    """The command line → Namespace with every default filled in. InputError where flags
+    conflict.
+    """
+    args = declare_flags().parse_args(argv)
+    resolve_flags(args)
+    look_at_the_disk(args)
+    resolve_block(args)
+    fill_in_defaults(args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_outputs(args)
+    return args
+
+
+def names_of(*allowed):
+    """An argparse type: names, separated by commas, out of those allowed."""
+    def names(text):
+        if set(text.split(",")) <= set(allowed):
+            return text.split(",")
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(allowed)}; several are "
+                                         "separated by commas")
+    return names
+
+
+def object_of(flag):
+    """An argparse type: a JSON object."""
+    def read(text):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise InputError(f"{flag} {text}: is no JSON ({e})") from e
+        if not isinstance(values, dict):
+            raise InputError(f"{flag} {text}: must be an object")
+        return values
+    return read
+
+
+def declare_flags():
+    parser = argparse.ArgumentParser(
+        description="Train LLaVA-1.5 against hallucination: one run or a sweep.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    boolean = argparse.BooleanOptionalAction
+
+    def whole(flag, **bounds):
+        return Number(flag, int, **bounds)
+
+    def number(flag, **bounds):
+        return Number(flag, float, **bounds)
+
+    group = parser.add_argument_group("what is trained")
+    group.add_argument("--stage", type=int, choices=STAGES,
+                       help="0 supervised base, 1 block, 2 block and lm_head; default 2")
+    group.add_argument("--tune", type=names_of(*GROUPS),
+                       help=f"instead of a stage: groups out of {','.join(GROUPS)}")
+    group.add_argument("--block", type=names_of("head", *VARIANTS),
+                       help="the block's variant, or several (a,b,c), a run each; head = no block; "
+                            "default: full where post_decoder is tuned")
+    group.add_argument("--init", help="trained checkpoint to start from, or identity; default for "
+                                      "stage 2: stage1 beside --output_dir, if there is one")
+    group.add_argument("--loss", choices=["sft", "dpo", "ipo", "hinge"],
+                       help="default: sft for stage 0, else dpo")
+    group.add_argument("--beta", type=number("--beta", above=0), default=0.1,
+                       help="of dpo, ipo and hinge")
+    group.add_argument("--label_smoothing", type=number("--label_smoothing", low=0, below=0.5),
+                       default=0.0, help="conservative DPO: the share of wrong labels")
+    group.add_argument("--sft_weight", type=number("--sft_weight", low=0),
+                       help="weight of the chosen answer's mean NLL beside a preference loss")
+    group.add_argument("--lora_r", type=whole("--lora_r", above=0),
+                       help="rank; without --tune: HA-DPO, that is --tune lora; default 128")
+    group.add_argument("--lora_alpha", type=number("--lora_alpha", above=0), default=256)
+    group.add_argument("--lora_dropout", type=number("--lora_dropout", low=0, below=1),
+                       default=0.05)
+
+    group = parser.add_argument_group("model and data (none of these: the tiny world)")
+    group.add_argument("--model_name_or_path", help="base model, a folder in LLaVA's layout")
+    group.add_argument("--vision_tower",
+                       help="CLIP's folder, if config.json's mm_vision_tower is no local path")
+    group.add_argument("--vg_path", help="Visual Genome: image_data.json, VG_100K, VG_100K_2")
+    group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json")
+    group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
+    group.add_argument("--keep_correct", action=boolean,
+                       help="use also POPE rows that the base answered right")
+    group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
+    group.add_argument("--image_folder", default="", help="its images")
+    group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs "
+                                                "read neither weights nor images")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--learning_rate", type=number("--learning_rate", above=0), nargs="+",
+                       help="several: a run each")
+    group.add_argument("--num_train_epochs", type=number("--num_train_epochs", above=0))
+    group.add_argument("--max_steps", type=whole("--max_steps", above=0),
+                       help="optimizer steps, instead of epochs")
+    group.add_argument("--per_device_train_batch_size",
+                       type=whole("--per_device_train_batch_size", above=0),
+                       help="rows at once; default: what divides the global batch, at most 16 from "
+                            "kept features, 4 with the trunk (the tiny world: 128)")
+    group.add_argument("--gradient_accumulation_steps",
+                       type=whole("--gradient_accumulation_steps", above=0),
+                       help="default: follows from the global batch")
+    group.add_argument("--warmup_ratio", type=number("--warmup_ratio", low=0, high=1),
+                       help="share of the steps in which the learning rate rises")
+    group.add_argument("--weight_decay", type=number("--weight_decay", low=0), default=0.0,
+                       help="of all trained tensors but norms and biases")
+    group.add_argument("--seed", type=whole("--seed", low=0, high=2 ** 63 - 1), default=42)
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir",
+                       help="default: out/stageN; the tiny world's own base: out/base")
+    group.add_argument("--bf16", action=boolean, help="else fp32; default: what the DeepSpeed file "
+                                                      "says, or bf16 on a GPU and fp32 on a CPU")
+    group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, batch 128")
+    group.add_argument("--offload", action="store_true",
+                       help="ZeRO 1 to 3: the optimizer's state and step on the CPU")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="where the trunk is trained: less memory, a third slower")
+    group.add_argument("--save_steps", type=whole("--save_steps", above=0),
+                       help="optimizer steps between saved states, which --resume goes on from")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the last saved state in OUTPUT_DIR.run")
+    group.add_argument("--logging_steps", type=whole("--logging_steps", above=0), default=1)
+    group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
+                       help="metrics.jsonl of other runs, drawn with this one's in "
+                            "OUTPUT_DIR/training.svg")
+    group.add_argument("--dataloader_num_workers", type=whole("--dataloader_num_workers", low=0),
+                       default=spare_cores(), help="processes that prepare batches")
+    # The launcher's
+    group.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    for flag in ("--tiny_sizes", "--tiny_tower"):
+        group.add_argument(flag, type=object_of(flag), default={},
+                           help="JSON, for tests: sizes of the tiny world, training of its tower")
+    group.add_argument("--tiny_base_steps", type=whole("--tiny_base_steps", above=0),
+                       help="for tests: steps of stage 0 in the tiny world")
+    return parser
+
+
+def resolve_flags(args):
+    """What --stage, --tune, --loss and --lora_r mean together."""
+    def refuse(when, text):
+        if when:
+            raise InputError(text)
+
+    tiny_base = is_tiny_base(args)
+    refuse(args.stage is not None and (args.tune or args.lora_r),
+           f"--stage {args.stage} is a name for a choice of --tune and has no LoRA: leave it out, "
+           "or --tune and --lora_r")
+    if args.tune is None and args.lora_r:
+        with_block = args.block and args.block != ["head"]
+        args.tune = ["lora", "post_decoder"] if with_block else ["lora"]
+    elif args.tune is None:
+        args.stage = 2 if args.stage is None else args.stage
+    args.tune = tuple(g for g in GROUPS if g in (args.tune or STAGES[args.stage]))
+    args.loss = args.loss or ("sft" if args.stage == 0 else "dpo")
+    if "lora" in args.tune:
+        refuse(len(TRUNK & set(args.tune)) > 1,
+               f"--tune {','.join(args.tune)}: beside lora only post_decoder and lm_head can be "
+               "trained")
+        args.lora_r = args.lora_r or 128
+    refuse(args.lora_r and "lora" not in args.tune,
+           f"--lora_r {args.lora_r}: --tune does not name lora; add it")
+    refuse(args.label_smoothing and args.loss != "dpo",
+           f"--label_smoothing {args.label_smoothing:g}: belongs to --loss dpo; leave it out")
+    name = "-".join(args.tune) if args.stage is None else f"stage{args.stage}"
+    name = "base" if tiny_base else name
+    args.output_dir = (args.output_dir or f"out/{name}").rstrip("/")
+    its_own = args.model_name_or_path is None and os.path.basename(args.output_dir) in TINY_FOLDERS
+    refuse(its_own and not (tiny_base and os.path.basename(args.output_dir) == "base"),
+           f"--output_dir {args.output_dir}: is a folder of the tiny world's own, which all runs "
+           "beside it start from; name another")
+
+
+def is_tiny_base(args):
+    """Whether the tiny world's own base is asked for: --stage 0, and no flag that it does not
+    follow from.
+    """
+    plain = vars(declare_flags().parse_args(["--stage", "0"]))
+    typed = {name for name, value in vars(args).items() if value != plain[name]}
+    return typed <= {"output_dir", *SIZES, *RUNNING}
+
+
+def look_at_the_disk(args):
+    """InputError for paths that are missing, superfluous or something else. Finds a default
+    --init.
+    """
+    tiny = args.model_name_or_path is None
+    stage1 = os.path.join(os.path.dirname(args.output_dir), "stage1")
+    found = args.stage == 2 and os.path.isdir(stage1)
+    args.init = args.init or (stage1 if found else "identity")
+    for name in FILES if tiny else ():
+        if getattr(args, name):
+            raise InputError(f"--{name} is given and --model_name_or_path is not: then everything "
+                             f"is the tiny world's own; name the base, or leave --{name} out")
+    sft = args.loss == "sft"
+    needed = ("data_path",) if sft else ("vg_path", "desc_data_path", "pope_data_path")
+    for name in () if tiny else needed:
+        path = getattr(args, name)
+        if not path:
+            raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) "
+                             f"--loss {args.loss} needs " + ", ".join(f"--{n}" for n in needed))
+        if not os.path.exists(path):
+            raise InputError(f"--{name} {path}: no such file or folder")
+    if not tiny and is_trained(args.model_name_or_path):
+        raise InputError(f"--model_name_or_path {args.model_name_or_path}: is no whole model, but "
+                         "what was trained of one; name its base here (and it with --init), or "
+                         "make both into a model with python -m tools.merge")
+    for path in args.plot:
+        read_run(path)                              # a file that cannot be drawn is refused now
+    if args.init != "identity" and not is_trained(args.init):
+        raise InputError(f"--init {args.init}: is no trained checkpoint of ours")
+
+
+# ---- Defaults ------------------------------------------------------------------------------------
+
+
+def fill_in_defaults(args):
+    """The recipe's numbers, and what follows from the others."""
+    tiny, trains_trunk = args.model_name_or_path is None, bool(TRUNK & set(args.tune))
+    if trains_trunk:
+        recipe = 0 if args.loss == "sft" else "trunk"
+    else:
+        recipe = args.stage or (2 if "lm_head" in args.tune else 1)
+    for name, value in (TINY if tiny else REAL)[recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    # Tells a state that was saved when norms and biases were decayed too (training/engine.py).
+    args.undecayed = "norms and biases" if args.weight_decay else None
+    if args.keep_correct is None:
+        args.keep_correct = tiny
+    sweep = len(args.block) * len(args.learning_rate) > 1
+    if (tiny or sweep) and args.cache_features is None:
+        args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
+    args.default_batch, args.default_micro = 128, 4
+    if tiny and args.stage == 0:
+        args.default_batch, args.max_steps = 32, args.max_steps or args.tiny_base_steps
+    if tiny:
+        args.default_micro = 128
+    elif args.cache_features and not trains_trunk:
+        args.default_micro = 16
+
+
+def check_outputs(args):
+    """InputError where a run of this command cannot write, or would replace what is not ours."""
+    inputs = {"--model_name_or_path": args.model_name_or_path, "--init": args.init}
+    for run in combinations(args):
+        for flag, path in inputs.items():
+            if path and os.path.realpath(path) == os.path.realpath(run.output_dir):
+                raise InputError(f"--output_dir {run.output_dir}: is also {flag}, which would be "
+                                 "replaced; name another folder")
+        check_output_folder(run.output_dir)
+
+
+def combinations(args):
+    """The runs of a command, one per variant and learning rate: what varies is in the folder's
+    name.
+    """
+    runs = []
+    variants, rates = dict.fromkeys(args.block), dict.fromkeys(args.learning_rate)
+    for variant, rate in itertools.product(variants, rates):
+        output_dir = args.output_dir
+        if len(args.block) > 1:
+            output_dir += f"-{variant}"
+        if len(args.learning_rate) > 1:
+            output_dir += f"-{rate:g}"
+        changes = dict(block=variant, learning_rate=rate, output_dir=output_dir)
+        runs.append(argparse.Namespace(**vars(args) | changes))
+    return runs
