@@ -134,7 +134,8 @@ def flags(program):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             files.append(node.module.replace(".", "/") + ".py")
-    return set(re.findall(r'"(--\w+)"', "".join(read(file) for file in files if exists(file))))
+    declared = r'\badd(?:_argument|_number)?\(\s*"(--\w+)"'
+    return set(re.findall(declared, "".join(read(file) for file in files if exists(file))))
 
 
 def wrong_in(command):
