@@ -111,9 +111,10 @@ class Head(nn.Module):
     def forward(self, h, context=None, mask=None, wanted=None):
         """h (B, A, hidden) and what the block looks at → logits (B, A, vocab), or (n, vocab) of the
         n `wanted` (B, A)."""
+        h = h if wanted is None else h[wanted]                                      # (n, hidden)
         if self.post_interaction_block is not None:
-            h = self.post_interaction_block(h, context, mask)
-        return self.lm_head(h if wanted is None else h[wanted])
+            h = self.post_interaction_block(h, context, mask, wanted)
+        return self.lm_head(h)
 
 
 @dataclass

@@ -72,16 +72,27 @@ class BlockAttention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                # (B, H, T|S, D)
 
-    def forward(self, query, context, mask=None):
-        q = self.split(self.q_proj(query))                                          # (B, H, T, D)
+    def forward(self, query, context, mask=None, wanted=None):
+        q = self.q_proj(query)                                                      # (B, T, hidden)
+        if wanted is not None:
+            q = at_their_places(q, wanted)
+        q = self.split(q)                                                           # (B, H, T, D)
         k, v = self.split(self.k_proj(context)), self.split(self.v_proj(context))   # (B, H, S, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)                                        # (B, T, hidden)
+        return self.out_proj(out if wanted is None else out[wanted])
 
     def weights(self, query, context):
         """softmax(q kᵀ / √D) without a mask, in fp32, (B, H, T, S): `forward` never shows it."""
         q, k = self.split(self.q_proj(query)).float(), self.split(self.k_proj(context)).float()
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def at_their_places(x, wanted):
+    """The inverse of y[wanted]: x (n, C) and wanted (B, T) → y (B, T, C), with zeros elsewhere."""
+    y = x.new_zeros(*wanted.shape, x.shape[-1])
+    y[wanted] = x
+    return y
 
 
 class BlockMLP(nn.Module):
@@ -111,23 +122,25 @@ class Block(nn.Module):
             if config.attention != "none":
                 nn.init.zeros_(getattr(self, f"{config.attention}_attn").out_proj.weight)
 
-    def forward(self, h, context, mask):
+    def forward(self, h, context, mask=None, wanted=None):
         if self.attention == "none":
             return h + self.mlp(self.layer_norm1(h))
         if self.attention == "cross":
-            a = h + self.cross_attn(self.layer_norm1(h), context)                            # eq. 2
+            a = h + self.cross_attn(self.layer_norm1(h), context, wanted=wanted)             # eq. 2
         else:
-            a = h + self.self_attn(self.layer_norm1(h), self.layer_norm1(context), mask)
+            a = h + self.self_attn(self.layer_norm1(h), self.layer_norm1(context), mask, wanted)
         return a + self.mlp(self.layer_norm2(a))                                             # eq. 3
 
 
 class PostInteractionBlock(nn.Module):
     """See the module docstring. Parameter names are those of the notes' files.
 
-    `forward(h, context, mask=None)`: h (B, T, hidden) are the positions asked for. `context` is
-    what they look at. For cross-attention it is the image features (B, P, mm_hidden); for
-    self-attention all hidden states of the rows (B, S, hidden), with `mask` (B, 1, T, S) from
-    `llama.branch_mask`; without attention it is not used.
+    `forward(h, context, mask=None, wanted=None)`: h (B, T, hidden) are the positions asked for.
+    `context` is what they look at. For cross-attention it is the image features (B, P, mm_hidden);
+    for self-attention all hidden states of the rows (B, S, hidden), with `mask` (B, 1, T, S) from
+    `llama.branch_mask`; without attention it is not used. With `wanted` (B, T), rows are of
+    different lengths: h is (n, hidden), the n positions where `wanted` is true, and only
+    attention computes the others too.
     """
 
     def __init__(self, config):
@@ -147,11 +160,11 @@ class PostInteractionBlock(nn.Module):
         written = [weight for name, weight in self.blocks.named_parameters() if name.endswith(last)]
         return not self.config.outer_residual and not any(weight.any() for weight in written)
 
-    def forward(self, h, context, mask=None):
+    def forward(self, h, context, mask=None, wanted=None):
         context = self.aligned(context)
         out = h
         for block in self.blocks:
-            out = block(out, context, mask)
+            out = block(out, context, mask, wanted)
         return out + h if self.config.outer_residual else out                                # eq. 4
 
     def aligned(self, context):
@@ -164,5 +177,5 @@ class PostInteractionBlock(nn.Module):
         context, weights = self.aligned(context), []
         for block in self.blocks:
             weights.append(block.cross_attn.weights(block.layer_norm1(h), context))
-            h = block(h, context, None)
+            h = block(h, context)
         return torch.cat(weights, 1)

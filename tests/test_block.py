@@ -100,6 +100,24 @@ def test_starts_as_the_identity(variant, depth, outer):
     assert all(p.grad.abs().max() > 1e-3 for p in zeroed.values())
 
 
+@pytest.mark.parametrize("variant, depth, outer", CASES)
+def test_only_where_it_is_wanted(variant, depth, outer):
+    """Rows of different lengths: the positions that are wanted get the same numbers, and the
+    parameters the same gradients, whatever stands at the others."""
+    block, h, _, (_, *seen) = make(variant, depth, outer, zero_init=False)
+    shake(block)
+    wanted = torch.arange(T) < torch.tensor([[T], [3]])                                     # (B, T)
+    block.requires_grad_()
+    h.requires_grad_()
+    expected, parameters = block(h, *seen)[wanted], [h, *block.parameters()]
+    seen = [*seen, None][:2]
+    out = block(h[wanted], *seen, wanted=wanted)
+    assert largest_difference("values", out, expected) < 1e-5
+    gradients = [torch.autograd.grad(x.square().sum(), parameters) for x in (out, expected)]
+    for one, other in zip(*gradients, strict=True):
+        assert largest_difference("gradients", one, other) < 1e-4 * float(other.abs().max())
+
+
 @pytest.mark.parametrize("variant, depth", [("full", 1), ("full", 2), ("align_linear", 1),
                                             ("align_after_align", 2)])
 def test_attention_weights(variant, depth):
