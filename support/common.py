@@ -130,7 +130,7 @@ def check_text(path):
     check_file(path)
     with open(path, "rb") as file:
         begins = file.read(3)
-    if re.match(rb"\xff\xfe|\xfe\xff|[[{]\0|\0[[{]", begins):
+    if re.match(rb"\xff\xfe|\xfe\xff|[\[{]\0|\0[\[{]", begins):
         raise InputError(f"{path}: is UTF-16; save it as UTF-8")
     return 3 if begins == BOM else 0
 
