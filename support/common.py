@@ -34,8 +34,10 @@ class InputError(Exception):
 def run_program(main):
     """Run a command-line program.
 
-    An InputError ends it with one line on stderr and exit code 1, Ctrl-C with exit code 130.
+    An InputError ends it with one line on stderr and exit code 1, Ctrl-C with exit code 130. What
+    the terminal's encoding has no letter for is printed as an escape.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as e:

@@ -25,7 +25,7 @@ LONGEST_ROW = 2 ** 26       # bytes; what does not end by then is no row
 ROWS_READ_FIRST = 10_000    # read_llava parses so many, which takes less than a second
 QUOTE, BACKSLASH, OPEN, CLOSE = b'"\\{}'
 IMAGE_NAME = re.compile(rb'"image"\s*:\s*"(?!")([^"\\]*(?:\\.[^"\\]*)*)"')
-OTHER_MEDIA = "images", "video", "videos", "audio"      # keys of LLaVA's later mixes
+OTHER_MEDIA = "images", "video", "videos"               # keys of LLaVA's later mixes
 
 
 def read_llava(data_path, image_folder):
@@ -56,7 +56,7 @@ class ConversationFile(Sequence):
         return len(self.spans)
 
     def sizes(self):
-        """Characters of each row and whether it names an image, (n,) and (n,)."""
+        """Bytes of each row and whether it names an image, (n,) and (n,)."""
         return self.spans[:, 1] - self.spans[:, 0], self.has_image
 
     def image_paths(self):
@@ -139,10 +139,10 @@ def index_rows(path):
             found = whole_objects(text)                                    # (rows in this chunk, 2)
             spans.append(position + found)
             begins, ends = found.T.tolist()
-            other = any(b'"%b"' % key.encode() in text for key in OTHER_MEDIA)
+            video = b'"video' in text
             for begin, end in zip(begins, ends, strict=False):
                 name, sure = image_of(text, begin, end)
-                if other or not sure:
+                if video or not sure:
                     row = parse_row(text[begin:end], path, len(images))
                     name, fault = image_or_fault(row)
                     if fault:
@@ -167,17 +167,15 @@ def index_rows(path):
 def image_of(text, begin, end):
     """The name of a row's own image, as it stands in the file, or None; and whether that is sure.
 
-    It is where no object comes before the name and nothing is called so behind it. (A quote inside
-    of a text has a backslash.) Of other rows only JSON knows which name is their own.
+    It is where no object comes before the name and nothing like it behind. (A quote inside of a
+    text has a backslash.) Of other rows only JSON knows which name is their own.
     """
-    at = text.find(b'"image"', begin, end)
-    if at < 0:
-        return None, text.find(b'"conversations"', begin, end) >= 0
-    name = IMAGE_NAME.match(text, at, end)
-    if not name or text[at - 1] == BACKSLASH or text.find(b"{", begin + 1, at) >= 0:
-        return None, False
-    again = text.find(b'"image"', name.end(), end)
-    return name[1], again < 0 <= text.find(b'"conversations"', name.end(), end)
+    at = text.find(b'"image', begin, end)
+    name = IMAGE_NAME.match(text, at, end) if at >= 0 else None
+    behind = name.end() if name else begin
+    sure = at < 0 or name and (text[at - 1] != BACKSLASH and text.find(b"{", begin + 1, at) < 0
+                               and text.find(b'"image', behind, end) < 0)
+    return name and name[1], sure and text.find(b'"conversations"', behind, end) >= 0
 
 
 def image_or_fault(row):
