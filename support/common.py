@@ -10,6 +10,7 @@ cure, and `run_program` prints nothing else. All other exceptions are faults of 
 import glob
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -37,7 +38,8 @@ def run_program(main):
     An InputError ends it with one line on stderr and exit code 1, Ctrl-C with exit code 130. What
     the terminal's encoding has no letter for is printed as an escape.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):            # None, where the shell has closed it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as e:
