@@ -17,6 +17,7 @@ Follows `llava.serve.cli` of haotian-liu/LLaVA (one image at the head of the con
 `v1`). Deliberately different: greedy unless a temperature is named.
 """
 import argparse
+import io
 import os
 import re
 import signal
@@ -229,7 +230,8 @@ def main():
     if args.prompt:
         chat.ask(args.prompt, names=args.compare)
     else:
-        sys.stdin.reconfigure(errors="surrogateescape")     # else the lines behind a bad one go too
+        if isinstance(sys.stdin, io.TextIOWrapper):     # else the lines behind a bad one go, too
+            sys.stdin.reconfigure(errors="surrogateescape")
         chat.loop()
 
 
