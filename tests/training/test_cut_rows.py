@@ -109,7 +109,7 @@ def test_no_row_is_missed(tmp_path, byte_tokenizer):
     for _ in range(400):
         def text(most):
             letters = rng.choice(("a dog ", "1234567890", "สุนัข", "漢字", "éß", "🐕‍🦺", '"\\\n</s>'))
-            return "x" + "".join(rng.choices(letters, k=rng.randrange(most))) + "."      # noqa: B023
+            return "x" + "".join(rng.choices(letters, k=rng.randrange(most))) + "."  # noqa: B023
         turns = [(text(60), text(200)) for _ in range(rng.randint(1, 3))]
         image = rng.choice((None, "a.jpg"))
         if image:
