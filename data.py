@@ -23,7 +23,8 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 from llama import PAD_BRANCH
-from support.common import InputError, field, read_json
+from support.common import InputError, field, id_text, read_json
+from support.hadpo import read_hadpo_json
 from support.images import below, fit_thin, open_image
 
 IMAGE = "<image>"                         # LLaVA's mark of the image's place in a text
@@ -52,12 +53,12 @@ class Example:
 
 
 def read_image_index(vg_path):
-    """Visual Genome's image_data.json → {image_id: path}, the last two parts of its url."""
+    """Visual Genome's image_data.json → {image_id, as text: path}, the end of its url."""
     path = os.path.join(vg_path, "image_data.json")
     pairs = [(field(row, "image_id", (int, str), path, n), field(row, "url", str, path, n))
              for n, row in enumerate(read_json(path, list))]
-    return {image_id: below(vg_path, os.path.join(*url.split("/")[-2:]), f"{path}, row {n}")
-            for n, (image_id, url) in enumerate(pairs)}
+    return {id_text(key): below(vg_path, os.path.join(*url.split("/")[-2:]), f"{path}, row {n}")
+            for n, (key, url) in enumerate(pairs)}
 
 
 def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed=42):
@@ -69,23 +70,22 @@ def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed
     images = read_image_index(vg_path)
 
     def pair(image_id, place, question, answers):
-        image_id = int(image_id) if str(image_id).isdigit() else image_id
-        if image_id not in images:
+        if id_text(image_id) not in images:
             raise InputError(f"{place}: image_id {image_id} is not in {vg_path}/image_data.json; "
                              "do both belong to the same data?")
         if not all(answer.strip() for answer in answers):
             raise InputError(f"{place}: an answer about image {image_id} is empty; remove the row")
-        return Example(images[image_id], [[(f"{IMAGE}\n{question}", a)] for a in answers])
+        return Example(images[id_text(image_id)], [[(f"{IMAGE}\n{question}", a)] for a in answers])
 
     yes_no = []
-    for n, row in enumerate(read_json(pope_data_path, list)):
+    for n, row in enumerate(read_hadpo_json(pope_data_path, list)):
         if not field(row, "correct", bool, pope_data_path, n) or keep_correct:
             question, *answers = (field(row, name, str, pope_data_path, n)
                                   for name in ("question", "chosen", "reject"))
             image_id = field(row, "image_id", (int, str), pope_data_path, n)
             yes_no.append(pair(image_id, f"{pope_data_path}, row {n}", question, answers))
     descriptions, rng = [], random.Random(seed)
-    for n, (image_id, row) in enumerate(read_json(desc_data_path, dict).items()):
+    for n, (image_id, row) in enumerate(read_hadpo_json(desc_data_path, dict).items()):
         texts = [field(row, name, list, desc_data_path, n) for name in ("chosen", "rejected")]
         if not all(texts) or not all(isinstance(text, str) for text in texts[0] + texts[1]):
             raise InputError(f"{desc_data_path}, row {n}: image {image_id} needs texts under "
@@ -135,16 +135,16 @@ class Tokenizer:
         return self.model.decode(known)
 
 
-def encode_conversation(tokenizer, turns, system=SYSTEM):
+def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True):
     """[(question, answer), ...] → ids, labels: lists of the same length, LLaVA's `v1` template.
 
-    Labels are the ids of answers and their `</s>`, IGNORE elsewhere. Each piece of text around
-    `<image>` is tokenised alone, with its own leading space mark; one BOS stands in front.
+    Labels are the ids of answers and their `</s>`, IGNORE elsewhere; one BOS stands in front. Each
+    text around `<image>`, which is text itself where no image is, has its own leading space mark.
     """
     ids, text, continues, labels = [BOS], system + " ", False, [IGNORE]
     for question, answer in turns:
         text += f"USER: {question} ASSISTANT:"
-        for n, chunk in enumerate(text.split(IMAGE)):
+        for n, chunk in enumerate(text.split(IMAGE) if has_image else [text]):
             ids += ([IMAGE_ID] if n else []) + tokenizer.encode(chunk, continues)
             continues = False
         labels += [IGNORE] * (len(ids) - len(labels))
@@ -330,7 +330,7 @@ class PackedDataset(torch.utils.data.Dataset):
     def row(self, i):
         example, f = self.examples[i], self.format
         try:
-            sequences = [encode_conversation(f.tokenizer, turns, f.system)
+            sequences = [encode_conversation(f.tokenizer, turns, f.system, bool(example.image))
                          for turns in example.conversations]
             return pack(sequences, f.num_patches, f.max_length, example.image)
         except InputError as e:

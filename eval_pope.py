@@ -48,6 +48,7 @@ from support.images import check_images
 from support.outputs import Journal, check_output_folder, digest, gathered, write_text
 from support.questions import SPLITS, find_images, question_files, read_pope
 from tiny.prepare import world_beside
+from training.guards import long_rows
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,7 @@ def evaluate(args):
     limit = args.max_new_tokens or PROTOCOLS[args.protocol].max_new_tokens
     limit = min(limit, model.config.text.max_position_embeddings)
     prompts = open_prompts(model, distinct, image_folder, args.protocol)
+    long_rows(prompts[1])               # refuses a question that does not fit, before any is asked
     asked = identity(model, args.checkpoints, prompts, args.protocol, limit)
     journal = Journal(output, asked, rank)
     with journal.kept_on_interrupt(len(images), "images"):

@@ -10,6 +10,7 @@ cure, and `run_program` prints nothing else. All other exceptions are faults of 
 import glob
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"     # how such a file begins
+BOM = b"\xef\xbb\xbf"           # some programs write it in front of UTF-8
 
 
 class InputError(Exception):
@@ -33,8 +35,11 @@ class InputError(Exception):
 def run_program(main):
     """Run a command-line program.
 
-    An InputError ends it with one line on stderr and exit code 1, Ctrl-C with exit code 130.
+    An InputError ends it with one line on stderr and exit code 1, Ctrl-C with exit code 130. What
+    the terminal's encoding has no letter for is printed as an escape.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):            # None, where the shell has closed it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as e:
@@ -124,29 +129,71 @@ def check_file(path):
                          "with: git lfs pull")
 
 
+def check_text(path):
+    """`check_file` of a text → its first byte behind a BOM. InputError if it is UTF-16."""
+    check_file(path)
+    with open(path, "rb") as file:
+        begins = file.read(3)
+    if re.match(rb"\xff\xfe|\xfe\xff|[\[{]\0|\0[\[{]", begins):
+        raise InputError(f"{path}: is UTF-16; save it as UTF-8")
+    return 3 if begins == BOM else 0
+
+
+def parse_json(text):
+    """The value of a JSON text, a str or UTF-8. Half a character in it becomes U+FFFD."""
+    text = text if isinstance(text, str) else text.decode()
+    value = json.loads(text)
+    return without_halves(value) if "\\ud" in text or "\\uD" in text else value
+
+
+def without_halves(value):
+    """A JSON value without halves of characters, which JSON can say and UTF-8 cannot."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_halves(inner) for inner in value]
+    if isinstance(value, dict):
+        return {without_halves(name): without_halves(inner) for name, inner in value.items()}
+    return value
+
+
 def read_json(path, expected=object, lines=False):
     """The value of a JSON file, which must be of the type `expected`.
 
     With `lines`, each line of the file is a JSON value, and a list of them is returned. InputError
     names the file, and the row if there are rows.
     """
-    check_file(path)
+    check_text(path)
     place = path
     try:
         with open(path, encoding="utf-8-sig") as file:      # a BOM is no content
             if not lines:
-                value = json.load(file)
+                value = parse_json(file.read())
             else:
                 value = []
                 for line in filter(str.strip, file):        # empty lines are no rows
                     place = f"{path}, row {len(value)}"
-                    value.append(json.loads(line))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+                    value.append(parse_json(line))
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not readable as JSON, which is UTF-8 ({e}); save it as UTF-8, "
+                         "if the download was not damaged") from e
+    except json.JSONDecodeError as e:
         raise InputError(f"{place}: not readable as JSON ({e}); was the download cut short?") from e
+    return of_type(value, expected, path)
+
+
+def of_type(value, expected, path):
+    """The value of a JSON file. InputError if it is not of the type `expected`."""
     if not isinstance(value, expected):
         raise InputError(f"{path}: holds a {type(value).__name__} where a {expected.__name__} "
                          "should be; is it the right file?")
     return value
+
+
+def id_text(value):
+    """An id as text, to be compared: files write the same one as 17, "17" or "0017"."""
+    text = str(value)
+    return text.lstrip("0") or "0" if text.isdecimal() else text
 
 
 def field(row, name, expected, path, number):

@@ -13,7 +13,7 @@ import os
 import re
 from fnmatch import fnmatchcase
 
-from support.common import InputError, check_file, field, read_json
+from support.common import InputError, check_file, check_text, field, read_json
 from support.images import below
 
 SPLITS = {"random": "random", "popular": "popular", "adv": "adversarial"}      # --set → POPE's name
@@ -109,12 +109,11 @@ def read_list(path, *names):
 
     InputError if there are none, or if a row has no text under one of the `names`.
     """
-    check_file(path)
+    start = check_text(path)
     with open(path, "rb") as file:
+        file.seek(start)
         begins = file.read(4096)
-    if begins.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path}: is UTF-16; save it as UTF-8")
-    if begins.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    if begins.lstrip().startswith(b"["):
         rows = read_json(path, list)
     else:
         rows = read_lines(path)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # numbers are proved in fp32 on the CPU, everywhere
 
 import pytest
+import sentencepiece
 import torch
 import torch.distributed as dist
 
@@ -126,6 +127,19 @@ def world(tmp_path_factory):
         coco=f"{folder}/coco", pope=f"{folder}/pope", desc=f"{folder}/hadpo/desc_data.json",
         pairs=f"{folder}/hadpo/pope_data.json", llava=f"{folder}/llava/train.json",
         images=f"{folder}/llava/images")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory):
+    """A tokenizer that knows English letters and, as LLaMA's does, writes others byte by byte."""
+    path = tmp_path_factory.mktemp("bytes") / "tokenizer.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["is there a dog and a cat in the <image>: USER"] * 9),
+            model_writer=file, model_type="bpe", byte_fallback=True, vocab_size=330,
+            hard_vocab_limit=False, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, minloglevel=2)
+    return Tokenizer(str(path))
 
 
 def load_json(path):

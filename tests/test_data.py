@@ -79,6 +79,37 @@ def test_readers_take_the_tiny_world(world):
     check_images(image_paths(pairs))
 
 
+@pytest.mark.parametrize("written", (str, int, "00{}".format))
+@pytest.mark.parametrize("indexed", (str, int, "00{}".format))
+def test_an_id_is_the_same_as_text_and_as_a_number(tmp_path, indexed, written):
+    """In Visual Genome's index, in the questions and in the descriptions, whose ids are keys."""
+    index = [row | {"image_id": indexed(row["image_id"])} for row in INDEX]
+    pairs = [row | {"image_id": written(row["image_id"])} for row in PAIRS]
+    descriptions = {str(written(int(i))): row for i, row in DESCRIPTIONS.items()}
+    expected = read(write_files(tmp_path))
+    paths = write_files(tmp_path, index=index, pairs=pairs, desc=descriptions)
+    assert read(paths) == expected and len(expected) == 6
+
+
+@pytest.mark.parametrize("name", ("a7", "²", "7" * 5000))
+def test_an_id_need_not_be_a_number(tmp_path, name):
+    paths = write_files(tmp_path, index=changed(INDEX, 0, "image_id", value=name),
+                        pairs=changed(PAIRS, 0, "image_id", value=name),
+                        desc={"3": DESCRIPTIONS["3"]})
+    assert read(paths)[0].image == os.path.join(paths["vg"], "VG_100K_2", "1.jpg")
+
+
+@pytest.mark.parametrize("name", ("pairs", "desc"))
+def test_the_files_of_instructblip_are_named(tmp_path, name):
+    """HA-DPO publishes them beside LLaVA's, under the same names and in another form."""
+    theirs = {"pairs": [{{"reject": "rejected"}.get(key, key): value for key, value in row.items()}
+                        for row in PAIRS],
+              "desc": [{"image_id": i, **row} for i, row in DESCRIPTIONS.items()]}
+    paths = write_files(tmp_path, **{name: theirs[name]})
+    assert_names_the_fault(lambda: read(paths), paths[name],
+                           r"is HA-DPO's file for InstructBLIP.*llava-v1\.5$")
+
+
 BAD = {  # what is wrong: ({file: content}, what the message says besides the file's name)
     "pairs cut": ({"pairs": json.dumps(PAIRS)[:150]}, "char|column"),
     "descriptions cut": ({"desc": json.dumps(DESCRIPTIONS)[:40]}, "char|column"),

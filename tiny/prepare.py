@@ -24,7 +24,7 @@ from clip_vit import CLIPVisionConfig
 from data import IMAGE, Example, PackedDataset, Tokenizer, read_image_index
 from llama import LlamaConfig
 from model import Head, Llava, LlavaConfig, Trunk, answer
-from support.common import InputError, Number, read_json, write_json
+from support.common import InputError, Number, id_text, read_json, write_json
 from support.outputs import Journal, digest
 from tiny.pictures import SIDE
 from tiny.tower import PATCH, TowerTraining, pretrain_tower
@@ -219,7 +219,7 @@ def mine_preferences(world, base, device):
         if "describe" in row:
             questions.append(row["describe"])
         asked.append(questions)
-        examples.append(Example(images[row["image_id"]],
+        examples.append(Example(images[id_text(row["image_id"])],
                                 [[(f"{IMAGE}\n{question}", None)] for question in questions]))
     dataset = PackedDataset(examples, model.row_format())
     journal = Journal(world, {"base": model.fingerprint, "questions": digest(asked)})

@@ -17,7 +17,9 @@ Follows `llava.serve.cli` of haotian-liu/LLaVA (one image at the head of the con
 `v1`). Deliberately different: greedy unless a temperature is named.
 """
 import argparse
+import io
 import os
+import re
 import signal
 import sys
 import time
@@ -137,6 +139,7 @@ class Chat:
         while True:
             try:
                 line = input("\nUSER: ").strip()
+                line.encode()                       # raises UnicodeError, as input() itself may
                 if line == "/exit":
                     return
                 if line.startswith("/"):
@@ -145,6 +148,9 @@ class Chat:
                     self.ask(line, names=True)
             except InputError as e:
                 print(f"error: {e}")
+            except UnicodeError:
+                print("error: this line is not UTF-8 text, so it was not asked; type it again, or "
+                      "set the terminal to UTF-8")
             except KeyboardInterrupt:
                 print()
             except EOFError:
@@ -194,6 +200,9 @@ def main():
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
+    if args.prompt and re.search("[\ud800-\udfff]", args.prompt):    # of bytes that are no UTF-8
+        raise InputError(f"--prompt {ascii(args.prompt)}: is not UTF-8 text; type it again, or set "
+                         "the terminal to UTF-8")
     if args.image:
         check_images([args.image])
     if args.log:
@@ -221,6 +230,8 @@ def main():
     if args.prompt:
         chat.ask(args.prompt, names=args.compare)
     else:
+        if isinstance(sys.stdin, io.TextIOWrapper):     # else the lines behind a bad one go, too
+            sys.stdin.reconfigure(errors="surrogateescape")
         chat.loop()
 
 

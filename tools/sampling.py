@@ -214,11 +214,13 @@ class Conversation:
         config, begins = self.trunk.config, not self.ids
         if begins:
             text = f"{IMAGE}\n{question}" if self.image else question
-            ids, _ = encode_conversation(self.tokenizer, [(text, None)])
+            turns = [(text, None)]
         else:
             # What stands behind an answer is the same for every answer, so "-" stands for it. An
             # answer that was cut short gets its `</s>` now.
-            ids, _ = encode_conversation(self.tokenizer, [("-", "-"), (question, None)])
+            turns = [("-", "-"), (question, None)]
+        ids, _ = encode_conversation(self.tokenizer, turns, has_image=self.image is not None)
+        if not begins:
             end = ids.index(EOS)
             ids = ids[end + 1:] if self.ids[-1] == EOS else ids[end:]
         ids, _ = expand(ids, ids, config.vision.num_patches, self.image if begins else None)

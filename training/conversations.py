@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data import IMAGE, Example
-from support.common import InputError, check_file, field, progress
+from support.common import InputError, check_text, field, parse_json, progress
 from support.images import below
 
 CHUNK = 2 ** 19       # bytes looked at together; they and their masks stay in the processor's cache
@@ -25,6 +25,7 @@ LONGEST_ROW = 2 ** 26       # bytes; what does not end by then is no row
 ROWS_READ_FIRST = 10_000    # read_llava parses so many, which takes less than a second
 QUOTE, BACKSLASH, OPEN, CLOSE = b'"\\{}'
 IMAGE_NAME = re.compile(rb'"image"\s*:\s*"(?!")([^"\\]*(?:\\.[^"\\]*)*)"')
+OTHER_MEDIA = "images", "video", "videos"               # keys of LLaVA's later mixes
 
 
 def read_llava(data_path, image_folder):
@@ -55,15 +56,15 @@ class ConversationFile(Sequence):
         return len(self.spans)
 
     def sizes(self):
-        """Characters of each row and whether it names an image, (n,) and (n,)."""
+        """Bytes of each row and whether it names an image, (n,) and (n,)."""
         return self.spans[:, 1] - self.spans[:, 0], self.has_image
 
     def image_paths(self):
         """Distinct images, without reading the rows."""
-        names = json.loads(b'["%b"]' % self.image_names) if self.image_names else []
         try:
-            return [below(self.image_folder, name, self.path) for name in names]
-        except InputError:
+            names = parse_json(b'["%b"]' % self.image_names) if self.image_names else []
+            return [below(self.image_folder, name, self.path) for name in dict.fromkeys(names)]
+        except (InputError, ValueError):
             for _ in self:                      # the row that has this name says so itself
                 pass
             raise
@@ -73,11 +74,7 @@ class ConversationFile(Sequence):
         number = i % len(self)
         with open(self.path, "rb", buffering=0) as file:
             text = os.pread(file.fileno(), end - begin, begin)
-        try:
-            row = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise InputError(f"{self.path}, row {number}: not readable as JSON ({e}); mend or "
-                             "remove the row") from e
+        row = parse_row(text, self.path, number)
         return conversation(row, self.path, number, self.image_folder)
 
 
@@ -88,8 +85,20 @@ def image_paths(examples):
     return list(dict.fromkeys(e.image for e in examples if e.image))
 
 
+def parse_row(text, path, number):
+    """The bytes of a row → its JSON value."""
+    try:
+        return parse_json(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}, row {number}: not readable as JSON ({e}); mend or remove the "
+                         "row") from e
+
+
 def conversation(row, path, number, image_folder):
-    """One of LLaVA's rows → Example. The image is moved to its turn's beginning."""
+    """One of LLaVA's rows → Example. The image is moved to its turn's beginning.
+
+    In a row without an image `<image>` is text, as in the original.
+    """
     place, said = f"{path}, row {number}", field(row, "conversations", list, path, number)
     who = [field(turn, "from", str, path, number) for turn in said]
     if who[:1] == ["gpt"]:
@@ -100,16 +109,15 @@ def conversation(row, path, number, image_folder):
     if not all(text.strip() for text in texts[1::2]):
         raise InputError(f"{place}: a turn of gpt is empty, so nothing of it can be learnt; mend "
                          "or remove the row")
-    texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
-             for text in texts]
     image = None
     if row.get("image"):
         image = below(image_folder, field(row, "image", str, path, number), place)
-    marked = sum(IMAGE in text for text in texts)
-    if marked != (image is not None):
-        having = "an image" if image else "no image"
-        raise InputError(f"{place}: has {having} but {IMAGE} stands in {marked} of its turns; mend "
-                         "or remove the row")
+        texts = [f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
+                 for text in texts]
+        marked = sum(IMAGE in text for text in texts)
+        if marked != 1:
+            raise InputError(f"{place}: has an image but {IMAGE} stands in {marked} of its turns; "
+                             "mend or remove the row")
     return Example(image, [list(zip(texts[::2], texts[1::2], strict=True))])
 
 
@@ -120,27 +128,67 @@ def index_rows(path):
     names as they stand in the file, `","` between them. What is outside the objects is checked
     here, what is inside when a row is read.
     """
-    check_file(path)
-    spans, has_image, names = [np.zeros((0, 2), np.int64)], bytearray(), {}
-    outside, rest, position = bytearray(), b"", 0
+    position = check_text(path)
+    spans, images, names, unfit = [np.zeros((0, 2), np.int64)], bytearray(), {}, {}
+    outside, rest = bytearray(), b""
     bar = progress("indexing rows", total=os.path.getsize(path), unit="B", unit_scale=True)
     with open(path, "rb") as file, bar:
+        file.seek(position)
         while len(rest) < LONGEST_ROW and (more := file.read(max(CHUNK, len(rest)))):
             text = rest + more
             found = whole_objects(text)                                    # (rows in this chunk, 2)
             spans.append(position + found)
             begins, ends = found.T.tolist()
-            images = [IMAGE_NAME.search(text, *span) for span in zip(begins, ends, strict=False)]
-            has_image += bytes(map(bool, images))
-            names.update((image[1], None) for image in images if image)
+            video = b'"video' in text
+            for begin, end in zip(begins, ends, strict=False):
+                name, sure = image_of(text, begin, end)
+                if video or not sure:
+                    row = parse_row(text[begin:end], path, len(images))
+                    name, fault = image_or_fault(row)
+                    if fault:
+                        unfit.setdefault(fault, []).append(len(images))
+                images.append(name is not None)
+                if name is not None:
+                    names[name] = None
             # And the first byte of each row
             between = zip([0, *ends], begins, strict=False)
             outside += b"".join([text[a:b + 1] for a, b in between])
             behind = ends[-1] if ends else 0
             rest, position = text[behind:], position + behind
             bar.update(len(more))
-    check_outside(path, bytes(outside) + rest, len(has_image))
-    return np.concatenate(spans), np.frombuffer(has_image, bool), b'","'.join(names)
+    check_outside(path, bytes(outside) + rest, len(images))
+    for fault, (first, *others) in unfit.items():
+        raise InputError(f"{path}, row {first}{f' and {len(others):,} more' * bool(others)}: "
+                         f"{fault}; a row here is a conversation about one image or none: "
+                         "remove the others")
+    return np.concatenate(spans), np.frombuffer(images, bool), b'","'.join(names)
+
+
+def image_of(text, begin, end):
+    """The name of a row's own image, as it stands in the file, or None; and whether that is sure.
+
+    It is where no object comes before the name and nothing like it behind. (A quote inside of a
+    text has a backslash.) Of other rows only JSON knows which name is their own.
+    """
+    at = text.find(b'"image', begin, end)
+    name = IMAGE_NAME.match(text, at, end) if at >= 0 else None
+    behind = name.end() if name else begin
+    sure = at < 0 or name and (text[at - 1] != BACKSLASH and text.find(b"{", begin + 1, at) < 0
+                               and text.find(b'"image', behind, end) < 0)
+    return name and name[1], sure and text.find(b'"conversations"', behind, end) >= 0
+
+
+def image_or_fault(row):
+    """The same of a parsed row; and why it is none about one image or none, in words, or None."""
+    image = row.get("image") or None
+    other = next((key for key in OTHER_MEDIA if row.get(key)), None)
+    if other:
+        return None, f"names {other!r}"
+    if image and not isinstance(image, str):
+        return None, f"'image' is a {type(image).__name__}"
+    if "conversations" not in row:
+        return None, "has no 'conversations'"
+    return image and json.dumps(image)[1:-1].encode(), None
 
 
 def check_outside(path, outside, rows):

@@ -1,6 +1,7 @@
 """What ends a run before it wastes more time.
 
     warn_of_cut_rows(dataset)                        # before anything long begins
+    long_rows(dataset)                               # the same for open prompts, which are not cut
     guards = Guards(run)                             # before the first backward
     guards.check(step, values, seen)                 # once per optimizer step
 
@@ -16,8 +17,45 @@ import os
 import numpy as np
 import torch.distributed as dist
 
+from data import IMAGE
 from support.common import InputError, progress, say
 from training.resume import read_latest
+
+TEMPLATE = 32       # tokens at most around a question and its answer: USER, ASSISTANT, </s>, spaces
+
+
+def at_most(texts):
+    """The most tokens that texts can have: a token is a byte at least, in every script."""
+    return sum(len(text.encode()) for text in texts)
+
+
+def long_rows(dataset):
+    """Rows that may be longer than the model's length → [row number], about the longest first.
+
+    InputError where a prompt, which is never cut, does not fit. Nothing is tokenised but the rows
+    whose prompt has so many bytes that it might not.
+    """
+    examples, row_format = dataset.examples, dataset.format
+    room, found = row_format.max_length - at_most([row_format.system]) - TEMPLATE, []
+    numbers = range(len(examples))
+    if not isinstance(examples, list):                      # rows that stay on disk
+        size, has_image = examples.sizes()
+        numbers = np.flatnonzero(size + has_image * row_format.num_patches > room).tolist()
+    for i in progress(numbers, "long rows", unit="row"):
+        example = examples[i]
+        here = room - bool(example.image) * row_format.num_patches
+        for turns in example.conversations:
+            # What must not be cut: up to the first answer, and up to the image.
+            marked = [n for n, (question, _) in enumerate(turns) if IMAGE in question]
+            last = max(marked, default=0) if example.image else 0
+            texts = [text or "" for turn in turns for text in turn]
+            if at_most(texts[:2 * last + 1]) + TEMPLATE * (last + 1) > here:
+                dataset.row(i)                              # raises InputError if it is too long
+            if at_most(texts) + TEMPLATE * len(turns) > here:
+                # A character of a byte is a quarter of a token, other bytes are up to one each.
+                about = at_most(texts) - 3 / 4 * sum(map(len, texts))
+                found.append((about - here, i))
+    return list(dict.fromkeys(i for _, i in sorted(found, reverse=True)))
 
 
 def warn_of_cut_rows(dataset):
@@ -27,8 +65,7 @@ def warn_of_cut_rows(dataset):
     where a prompt does not fit.
     """
     cut, fitted = 0, 0
-    order = np.argsort(-np.abs(dataset.lengths()), kind="stable").tolist()
-    for i in progress(order, "longest rows", unit="row"):
+    for i in progress(long_rows(dataset), "longest rows", unit="row"):
         if dataset.row(i).cut:
             cut, fitted = cut + 1, 0
         else:

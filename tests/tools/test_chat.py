@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -151,6 +152,60 @@ def test_a_bad_picture_changes_nothing(lively, images, tmp_path, play):
     assert spoken[1] != answers(lively, images[0], ["Why?"], max_new_tokens=12)[0]
 
 
+# ---- Lines that are odd --------------------------------------------------------------------------
+
+
+def bad_bytes():
+    """What `input` does with a line that is not UTF-8, at a terminal that is strict."""
+    return b"caf\xe9".decode()
+
+
+@pytest.mark.parametrize("line", (bad_bytes, "caf\udce9", "/image caf\udce9.jpg", "half \ud83d"))
+def test_a_line_that_is_not_utf_8_is_not_asked(lively, images, play, line):
+    _, said = play(lively, images[0], [QUESTION, line, "Why?"], max_new_tokens=12)
+    errors = [text for text in said.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1 and "is not UTF-8 text" in errors[0]
+    assert answered(said) == answers(lively, images[0], [QUESTION, "Why?"], max_new_tokens=12)
+
+
+def test_bytes_that_are_not_utf_8(world):
+    """Through a pipe the lines behind a bad one are asked, and as --prompt nothing is loaded."""
+    typed = b"Is there a caf\xe9?\nIs there a dog?\n/image \xff.jpg\n/exit\n"
+    command = [sys.executable, "-m", "tools.chat", world.base, "--max_new_tokens", "4"]
+    done = subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, timeout=200)
+    said = done.stdout.decode()
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert said.count("error: this line is not UTF-8 text") == 2 and said.count("base: ") == 1
+    done = subprocess.run([*command, "--prompt", b"caf\xe9?"], cwd=ROOT, capture_output=True,
+                          timeout=200)
+    assert done.returncode == 1 and not done.stdout and b"loading" not in done.stderr
+    assert done.stderr.startswith(b"error: --prompt 'caf\\udce9?': is not UTF-8 text")
+
+
+def test_letters_that_the_terminal_does_not_have(world):
+    """An answer that was cut ends with an ellipsis, which Latin-1 does not have."""
+    command = [sys.executable, "-m", "tools.chat", world.base, "--max_new_tokens", "4"]
+    done = subprocess.run(command, cwd=ROOT, input=b"Is there a dog?\n", capture_output=True,
+                          timeout=200, env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"})
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"[\\u2026]" in done.stdout
+
+
+def test_a_long_line_in_another_script(lively, images, byte_tokenizer, play):
+    model = replace(lively, tokenizer=byte_tokenizer)
+    _, said = play(model, images[0], ["มีสุนัขอยู่ในภาพหรือไม่" * 10, "/exit"], max_new_tokens=4)
+    assert "error: " in said and "begin a new conversation" in said and not answered(said)
+
+
+def test_without_a_picture_the_mark_is_text(lively, byte_tokenizer):
+    """As in a row of text; about a picture it is refused (test_a_bad_picture_changes_nothing)."""
+    conversation = Conversation(replace(lively, tokenizer=byte_tokenizer), lively.head)
+    ids = conversation.turn("What is <image>?")
+    assert IMAGE_ID not in ids and "USER: What is <image>?" in byte_tokenizer.decode(ids)
+    conversation.ids = [*ids, EOS]
+    ids = conversation.turn("And <image>?")
+    assert IMAGE_ID not in ids and byte_tokenizer.decode(ids).startswith("USER: And <image>?")
+
+
 def press_ctrl_c(trunk, forward):
     """Ctrl-C in the middle of the model's so-many-th forward. Returns the hook, to be removed."""
     forwards = itertools.count(1)
@@ -292,6 +347,9 @@ def test_at_a_terminal(world, images):
         wait_for("base: ")
         os.write(terminal, ends.encode())
         wait_for("USER: ")
+    os.write(terminal, b"caf\xff\n")
+    wait_for("error: this line is not UTF-8 text")
+    wait_for("USER: ")
     os.write(terminal, b"\x04")
     assert os.waitpid(process, 0)[1] == 0
     os.close(terminal)

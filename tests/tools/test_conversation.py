@@ -168,6 +168,3 @@ def test_context_is_full(world):
     with pytest.raises(InputError, match="100 tokens were said.*fewer than 100"):
         list(conversation.answer("Why?", Sampling()))
     assert conversation.ids == before
-    another = conversation_of(trunk, head, tokenizer=tokenizer)
-    with pytest.raises(InputError, match="<image> stands 1 times"):
-        list(another.answer("What is <image>?", Sampling()))

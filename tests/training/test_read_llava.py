@@ -39,7 +39,6 @@ BAD = {  # what is wrong: (the file, what the message says besides the file's na
     "no conversations": (changed(TALK, 1, "conversations", value=None), "row 1.*conversations"),
     "image is a number": (changed(TALK, 0, "image", value=4), "row 0.*image"),
     "image without <image>": (changed(TALK, 1, "image", value="2.jpg"), "row 1.*<image>"),
-    "<image> without image": (changed(TALK, 0, "image", value=None), "row 0.*<image>"),
 }
 
 
