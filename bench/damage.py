@@ -20,7 +20,7 @@ POINTER = LFS_POINTER + b"v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 # What stands in place of a value of JSON, as text. The last are no numbers, or none that can be.
 VALUES = ("null", "true", "false", "0", "-1", "1", "2.5", "1e308", "1000000000000", "NaN",
           "Infinity", "-Infinity", '""', '"text"', '"7"', '"\\ud800"', '"a\\u0000b"', "[]", "[1]",
-          "[[]]", "{}", '{"a": 1}', "1e999", "9" * 5000)
+          "[[]]", "{}", '{"a": 1}', "1e999", "9" * 400, "9" * 5000)
 DEEP = b"[" * 200_000
 TYPES = (b"null", b"true", b"7", b'"text"', b"[]", b"[1, 2]", b"[null]", b"[[]]", b"{}",
          b'{"a": 1}', b'[{"a": 1}]', b"NaN", DEEP)

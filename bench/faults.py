@@ -36,12 +36,12 @@ from collections import Counter
 from glob import glob
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import torch
+
 from bench.damage import damages
 from bench.forked import Kill, run_forked
 from bench.readers import ASK, FORMATS, LORA, STAGE_2, make_sound
 from support.common import InputError, Number, run_program
-
-import torch
 
 LIMIT = 60              # seconds, until a reader hangs
 MEMORY = 4 << 30        # bytes that a reader may take
@@ -324,7 +324,8 @@ def table(rows):
 def campaign(args):
     """All phases → the rows."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None      # files are copied all the time
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
         sound = f"{folder}/sound"
         os.makedirs(sound)
         os.chdir(sound)

@@ -22,7 +22,7 @@ from checkpoints.identity import head_digest
 from checkpoints.load import Source, load_all, load_base, load_trained
 from data import PackedDataset, read_hadpo
 from evals.score import score_file
-from support.common import file_digest, read_json, write_json
+from support.common import InputError, file_digest, read_json, write_json
 from support.images import check_images
 from support.outputs import Journal, digest
 from support.questions import read_pope
@@ -60,6 +60,9 @@ def make_sound():
         said = "The image shows a park with a kite and a ball."
         answers[image["image_id"], image.get("describe")] = said
     write_preferences("world", answers)
+    write_json(DATA[0], {str(image["image_id"]): {
+        "chosen": ["The image shows a park.", "A picture."], "rejected": ["The image shows a kite."]}
+        for image in read_json("world/preference.json", list)[:3]})
     shutil.copytree(SHIPPED_BASE, "base")
     write_json("world/hadpo/base.json", {"fingerprint": load_base("base").fingerprint})
     write_json("ds.json", {"train_batch_size": 8, "zero_optimization": {"stage": 1},
@@ -125,6 +128,8 @@ def pairs():
 def pairs_as_rows():
     """And as token ids and pixels."""
     model, found = load_base("base"), read_hadpo(*DATA, True)
+    if not found:
+        raise InputError("the data hold no examples")       # as train.py says
     check_images(image_paths(found))
     rows = PackedDataset(found, model.row_format())
     batch = rows[range(len(rows))].tensors()

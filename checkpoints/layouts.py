@@ -38,6 +38,8 @@ def weight_files(folder):
         index = os.path.join(folder, name + ".index.json")
         if os.path.isfile(index):
             weight_map = typed(read_json(index, dict), "weight_map", dict, index)
+            if not weight_map:
+                raise InputError(f"{index}: names no weights (weight_map); download it again")
             for key in weight_map:
                 typed(weight_map, key, str, index)
             shards = sorted(set(weight_map.values()))

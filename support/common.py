@@ -141,7 +141,7 @@ def read_json(path, expected=object, lines=False):
                 for line in filter(str.strip, file):        # empty lines are no rows
                     place = f"{path}, row {len(value)}"
                     value.append(json.loads(line))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:      # also numbers of 5,000 digits, 1,000 levels
         raise InputError(f"{place}: not readable as JSON ({e}); was the download cut short?") from e
     if not isinstance(value, expected):
         raise InputError(f"{path}: holds a {type(value).__name__} where a {expected.__name__} "
