@@ -144,7 +144,7 @@ def foreign_is_intact(*folders):
 def results(pattern):
     """{path: bytes} of what a program leaves."""
     found = {}
-    for path in sorted(glob(pattern)):
+    for path in sorted(path for path in glob(pattern) if not path.endswith(".partial")):
         with open(path, "rb") as file:
             found[path] = file.read()
     return found

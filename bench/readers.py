@@ -5,7 +5,6 @@
 
 Everything is named relative to the folder that one is in, so that a copy is as good as the first.
 """
-import os
 import shutil
 import signal
 from argparse import Namespace
@@ -24,7 +23,7 @@ from data import PackedDataset, read_hadpo
 from evals.score import score_file
 from support.common import InputError, file_digest, read_json, write_json
 from support.images import check_images
-from support.outputs import Journal, digest
+from support.outputs import digest
 from support.questions import read_pope
 from tiny.prepare import SHIPPED_BASE, mined_from, refuse_other_sizes
 from tiny.world import Sizes, make_world, write_preferences
@@ -61,7 +60,7 @@ def make_sound():
         answers[image["image_id"], image.get("describe")] = said
     write_preferences("world", answers)
     write_json(DATA[0], {str(image["image_id"]): {
-        "chosen": ["The image shows a park.", "A picture."], "rejected": ["The image shows a kite."]}
+        "chosen": ["The image shows a park.", "A park."], "rejected": ["There is a kite."]}
         for image in read_json("world/preference.json", list)[:3]})
     shutil.copytree(SHIPPED_BASE, "base")
     write_json("world/hadpo/base.json", {"fingerprint": load_base("base").fingerprint})
@@ -156,7 +155,7 @@ def scores():
 
 
 def features():
-    model = load_base("base", read_trunk=False)
+    model = load_base("base", dtype=torch.float32, read_trunk=False)
     rows = PackedDataset(read_hadpo(*DATA, True), model.row_format(), always_image=True)
     kept = keep_features("features", rows, model, model.config.block_config())
     batch = kept[range(len(kept))].tensors()
@@ -231,7 +230,7 @@ FORMATS = {
     "answers": Format("trained/pope/trained_random.jsonl", scores),
     "kept: hidden states": Format("features/*/hidden.bin", features, True),
     "kept: image features": Format("features/*/features.bin", features, True),
-    "kept: done.bin": Format("features/*/done.bin", features, True),
+    "kept: sums.bin": Format("features/*/sums.bin", features, True),
     "kept: rows.npz": Format("features/*/rows.npz", features, True),
     "kept: key.json": Format("features/*/key.json", features, True),
     "state: weights": Format("lora.run/step-4/mp_rank_00_model_states.pt",
@@ -241,8 +240,10 @@ FORMATS = {
     "state: reference.pt": Format("lora.run/reference.pt", lambda: going_on(LORA, "lora"), True),
     "state: run.json": Format("lora.run/run.json", lambda: going_on(LORA, "lora"), True),
     "state: latest": Format("lora.run/latest", lambda: going_on(LORA, "lora"), True),
-    "state: metrics.jsonl": Format("lora.run/metrics.jsonl", lambda: going_on(LORA, "lora"), True),
-    "a log of steps": Format("trained/metrics.jsonl", lambda: digest(read_run("trained/metrics.jsonl"))),
+    "state: metrics.jsonl": Format("lora.run/metrics.jsonl",
+                                   lambda: going_on(LORA, "lora"), True),
+    "a log of steps": Format("trained/metrics.jsonl",
+                             lambda: digest(read_run("trained/metrics.jsonl"))),
     "a journal of answers": Format("asked/unfinished-*.jsonl", journal, True),
     "a DeepSpeed file": Format("ds.json", deepspeed_file),
     "notes of the world": Format("world/world.json", notes_of_the_world),

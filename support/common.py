@@ -185,10 +185,14 @@ def temporary(path):
 def write_json(path, value):
     """Write `value` as JSON. The file is never half-written, even if the process is killed."""
     partial = temporary(path)
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.replace(partial, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror}); make room there, or name "
+                         "another folder") from e
 
 
 def file_digest(path):
