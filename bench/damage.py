@@ -7,13 +7,16 @@ Every file is cut, emptied, zeroed and overwritten in places; a folder, Git LFS'
 page stand in its place. Of JSON the values are changed, too, anywhere within: another type, NaN,
 numbers that are huge or negative, a name that is missing.
 """
+import contextlib
 import copy
 import json
 import os
 import shutil
+import signal
+import traceback
 from functools import partial
 
-from support.common import LFS_POINTER
+from support.common import LFS_POINTER, InputError
 
 PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found</body></html>\n"
 POINTER = LFS_POINTER + b"v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
@@ -25,6 +28,7 @@ DEEP = b"[" * 200_000
 TYPES = (b"null", b"true", b"7", b'"text"', b"[]", b"[1, 2]", b"[null]", b"[[]]", b"{}",
          b'{"a": 1}', b'[{"a": 1}]', b"NaN", DEEP)
 HOLE = "<value>"        # a text that no file holds
+LIMIT = 60              # seconds, until a reader hangs
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------
@@ -154,3 +158,68 @@ def remove(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
         os.remove(path)
+
+
+# ---- Reading what is damaged --------------------------------------------------------------------
+
+
+class Hang(BaseException):
+    """So that nothing takes it for an error of a file."""
+
+
+def hangs(*_):
+    raise Hang(f"no end within {LIMIT} s")
+
+
+def outcome(read, right, checked):
+    """What comes of reading a damaged file → (column, what was said)."""
+    signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(LIMIT)
+    try:
+        found = read()
+    except InputError as e:
+        said = str(e).rpartition("InputError: ")[2].strip()
+        return ("faults" if "\n" in said else "refused"), said
+    except BaseException as e:
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        ours = [f for f in traceback.extract_tb(e.__traceback__) if "site-packages" not in f[0]]
+        at = " < ".join(f"{os.path.basename(f[0])}:{f[1]}" for f in (place, *ours[:-4:-1]))
+        return "faults", f"{type(e).__name__}: {str(e)[:200]!r} at {at}"
+    finally:
+        signal.alarm(0)
+    if found == right:
+        return "right", ""
+    return ("faults", "silently another result") if checked else ("another value", "")
+
+
+def try_damages(named, sound, rng, count):
+    """A kind of file, damaged `count` times → rows of (its name, damage, column, said).
+
+    `named`: name and Format (bench/readers.py). `sound`: the folder that is copied each time.
+    """
+    name, kind = named
+    with copied(sound):
+        found = damages(kind.path, rng, count)
+        right = kind.read()
+    with open("/dev/null", "w") as null, contextlib.redirect_stdout(null):
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+        for damage, do in found:
+            with copied(sound):
+                do()
+                yield name, damage, *outcome(kind.read, right, kind.checked)
+
+
+@contextlib.contextmanager
+def copied(sound):
+    """Inside, one is in a copy of the folder `sound`."""
+    folder = f"{sound}-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(sound, folder)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -38,12 +38,11 @@ from glob import glob
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
-from bench.damage import damages
+from bench.damage import copied, try_damages
 from bench.forked import Kill, run_forked
 from bench.readers import ASK, FORMATS, LORA, STAGE_2, make_sound
-from support.common import InputError, Number, run_program
+from support.common import Number, run_program
 
-LIMIT = 60              # seconds, until a reader hangs
 MEMORY = 4 << 30        # bytes that a reader may take
 COLUMNS = ("what", "tried", "refused", "right", "another value", "faults")
 FOREIGN = "somebody else's\n"
@@ -57,68 +56,6 @@ PROGRAMS = {
                         "out/one/*.safetensors"),
     "an evaluation": ([*ASK, "--output_dir", "out/pope"], "", "out/pope/*.json*")}
 CLONE_NEWNS = 0x20000
-
-
-# ---- Damaged files -------------------------------------------------------------------------------
-
-
-class Hang(BaseException):
-    """So that nothing takes it for an error of a file."""
-
-
-def hangs(*_):
-    raise Hang(f"no end within {LIMIT} s")
-
-
-def outcome(read, right, checked):
-    """What comes of reading a damaged file → (column, what was said)."""
-    signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(LIMIT)
-    try:
-        found = read()
-    except InputError as e:
-        said = str(e).rpartition("InputError: ")[2].strip()
-        return ("faults" if "\n" in said else "refused"), said
-    except BaseException as e:
-        place = traceback.extract_tb(e.__traceback__)[-1]
-        ours = [f for f in traceback.extract_tb(e.__traceback__) if "site-packages" not in f[0]]
-        at = " < ".join(f"{os.path.basename(f[0])}:{f[1]}" for f in (place, *ours[:-4:-1]))
-        return "faults", f"{type(e).__name__}: {str(e)[:200]!r} at {at}"
-    finally:
-        signal.alarm(0)
-    if found == right:
-        return "right", ""
-    return ("faults", "silently another result") if checked else ("another value", "")
-
-
-def damage_format(name, sound, rng, count):
-    """One kind of file, damaged `count` times → rows of (kind, damage, column, said)."""
-    kind = FORMATS[name]
-    with copied(sound):
-        found = damages(kind.path, rng, count)
-        right = kind.read()
-    with open("/dev/null", "w") as null, contextlib.redirect_stdout(null):
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-        for damage, do in found:
-            with copied(sound):
-                do()
-                yield name, damage, *outcome(kind.read, right, kind.checked)
-
-
-@contextlib.contextmanager
-def copied(sound):
-    """Inside, one is in a copy of the folder `sound`."""
-    folder = f"{sound}-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(sound, folder)
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield folder
-    finally:
-        os.chdir(before)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- Kills ---------------------------------------------------------------------------------------
@@ -351,7 +288,7 @@ def campaign(args):
         few, tasks = args.short, {}
         for name, kind in FORMATS.items():
             count = args.damages or (3 if few else 16 if kind.checked else 40)
-            tasks[name] = damage_format(name, sound, rng(name), count)
+            tasks[name] = try_damages((name, kind), sound, rng(name), count)
         for name in PROGRAMS:
             tasks[f"kills: {name}"] = kill_program(name, sound, rng(name), 1 if few else 5)
             tasks[f"full disk: {name}"] = fill_disk(name, sound, rng(name), 1 if few else 8)

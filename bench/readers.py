@@ -185,6 +185,8 @@ def journal():
     """Answers of an evaluation that was killed: a damaged line is asked again, never believed."""
     args = ["eval_pope.py", *ASK[1:], "--output_dir", "asked"]
     ended = run_forked(args)
+    if ended.code == 1 and "error: " in ended.said:
+        raise InputError(ended.said.rpartition("error: ")[2].strip())
     if ended.code:
         raise RuntimeError(ended.said)
     return file_digest("asked/trained_random.jsonl")

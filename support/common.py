@@ -135,18 +135,25 @@ def read_json(path, expected=object, lines=False):
     try:
         with open(path, encoding="utf-8-sig") as file:      # a BOM is no content
             if not lines:
-                value = json.load(file)
+                value = json.load(file, parse_int=whole_number)
             else:
                 value = []
                 for line in filter(str.strip, file):        # empty lines are no rows
                     place = f"{path}, row {len(value)}"
-                    value.append(json.loads(line))
+                    value.append(json.loads(line, parse_int=whole_number))
     except (ValueError, RecursionError) as e:      # also numbers of 5,000 digits, 1,000 levels
         raise InputError(f"{place}: not readable as JSON ({e}); was the download cut short?") from e
     if not isinstance(value, expected):
         raise InputError(f"{path}: holds a {type(value).__name__} where a {expected.__name__} "
                          "should be; is it the right file?")
     return value
+
+
+def whole_number(text):
+    """ValueError for one that no float can be: nothing that is counted is as large."""
+    if len(text) > 300:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
 
 
 def field(row, name, expected, path, number):

@@ -17,7 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 from support.common import InputError, progress, say
-from training.resume import read_latest
+from training.states import read_latest
 
 
 def warn_of_cut_rows(dataset):

@@ -27,12 +27,10 @@ import glob
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -42,14 +40,14 @@ from checkpoints.layouts import typed
 from support.common import (
     InputError,
     check_file,
-    file_digest,
     read_json,
     say,
     temporary,
     write_json,
 )
 from support.folders import check_only_ours, discard
-from support.outputs import gathered, parsed
+from support.outputs import parsed
+from training.states import SUMS, digests, read_latest, refuse_damaged
 
 # What may lie in OUTPUT_DIR.run. NFS makes ".nfs…" of a file that is removed while it is open.
 RUN_FILES = {"lock": None, "run.json": None, "metrics.jsonl": None, "reference.pt": None,
@@ -60,7 +58,6 @@ INCIDENTAL = ("output_dir", "resume", "save_steps", "logging_steps", "dataloader
               "local_rank", "deepspeed", "bf16", "offload", "gradient_checkpointing",
               "per_device_train_batch_size", "gradient_accumulation_steps", "default_batch",
               "default_micro", "plot")
-SUMS = "checksums.json"         # in a state: the digests of its files and of reference.pt
 # Facts that `differences` compares and words.
 IDENTITY = ("base", "settings", "initial head", "data")
 # Arguments that `what_determines` tells better: by steps, by the base's fingerprint.
@@ -112,27 +109,6 @@ def what_determines(run):
     arguments = {k: v for k, v in vars(args).items() if k not in INCIDENTAL + IN_FACTS}
     arguments["cache_features"] = bool(args.cache_features)
     return json.loads(json.dumps(facts | arguments))
-
-
-def read_latest(folder):
-    """The name of the state to go on from, None without one. InputError where none is named."""
-    path = os.path.join(folder, "latest")
-    if not os.path.exists(path):
-        return None
-    check_file(path)
-    with open(path, "rb") as file:
-        name = file.read(100).decode(errors="replace")
-    if not re.fullmatch(r"step-\d+", name) or not os.path.isdir(os.path.join(folder, name)):
-        raise InputError(f"{path}: names {name!r}, which is no state that lies there; write the "
-                         f"name of one into it{of_states(folder)}, or remove it to start anew")
-    return name
-
-
-def of_states(folder, but=None):
-    """ (step-38, step-40), the states that lie in a folder, for a message; "" without any."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "step-*[0-9]"))
-    names = sorted({os.path.basename(path) for path in paths} - {but})
-    return f" ({', '.join(names)})" if names else ""
 
 
 def is_finished(run, initial_head):
@@ -233,37 +209,6 @@ def refuse_other_run(folder, state, facts):
     if processes != now and split:
         raise InputError(f"{folder}: was written by {processes} processes, each of which has a "
                          f"part of the optimizer (ZeRO), so {now} cannot go on; start {processes}")
-
-
-def digests(folder, state):
-    """The digests of a state's files, and of the reference beside it → {name: text}."""
-    place = os.path.join(folder, state)
-    paths = [entry.path for entry in os.scandir(place)
-             if entry.is_file() and entry.name != SUMS and not entry.name.startswith(".nfs")]
-    reference = os.path.join(folder, "reference.pt")
-    paths += [reference] if os.path.isfile(reference) else []
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(map(os.path.basename, paths), pool.map(file_digest, paths), strict=True))
-
-
-def refuse_damaged(folder, state):
-    """InputError, on all ranks, where a state is not what was saved. One of an earlier version has
-    no checksums."""
-    path, fault = os.path.join(folder, state, SUMS), None
-    if dist.get_rank() == 0 and os.path.exists(path):
-        try:
-            saved, there = read_json(path, dict), digests(folder, state)
-        except InputError as e:
-            saved, there, fault = {}, {}, str(e)
-        changed = [name for name in saved.keys() | there.keys()
-                   if saved.get(name) != there.get(name)]
-        if changed:
-            fault = (f"{os.path.join(folder, state)}: {min(changed)} is not what was saved; leave "
-                     "--resume out to start anew, or write the name of another state"
-                     f"{of_states(folder, but=state)} into {os.path.join(folder, 'latest')}")
-    fault = gathered(fault)[0]
-    if fault:
-        raise InputError(fault)
 
 
 def make_ready(folder, state, resume):
