@@ -198,12 +198,12 @@ def try_damages(named, sound, rng, count):
     `named`: name and Format (bench/readers.py). `sound`: the folder that is copied each time.
     """
     name, kind = named
-    with copied(sound):
-        found = damages(kind.path, rng, count)
-        right = kind.read()
-    with open("/dev/null", "w") as null, contextlib.redirect_stdout(null):
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        for number in (1, 2):
+            os.dup2(null.fileno(), number)
+        with copied(sound):
+            found = damages(kind.path, rng, count)
+            right = kind.read()
         for damage, do in found:
             with copied(sound):
                 do()

@@ -88,7 +88,9 @@ def results(pattern):
 
 
 def kill_program(name, sound, rng, chains):
-    """Chains of four kills, each with a run at its end that is left alone."""
+    """Chains of four kills, each with a run at its end that is left alone. A single chain is killed
+    in front of moments only, so that it is the same every time.
+    """
     command, within, pattern = PROGRAMS[name]
     with copied(sound):
         counted = run_forked(command, Kill(0, within=within))
@@ -100,8 +102,9 @@ def kill_program(name, sound, rng, chains):
         with copied(sound):
             put_foreign("out", ".", "kept")
             for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGINT):
-                at = (dict(seconds=counted.seconds * rng.random()) if rng.random() < 0.4 else
-                      dict(moment=rng.randrange(1, counted.moments + 1), within=within))
+                at = dict(moment=rng.randrange(1, counted.moments + 1), within=within)
+                if chains > 1 and rng.random() < 0.4:
+                    at = dict(seconds=counted.seconds * rng.random())
                 ended = run_forked(command, Kill(number, **at))
                 how = f"chain {chain}, {signal.Signals(number).name} {at}"
                 allowed = (0, -9) if number == signal.SIGKILL else (0, 130)
@@ -262,16 +265,28 @@ def campaign(args):
     """All phases → the rows."""
     torch.set_num_threads(1)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None      # files are copied all the time
+    def rng(name):
+        return random.Random(f"{args.seed} {name}")
+
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        sound = f"{folder}/sound"
+        sound, few, tasks = f"{folder}/sound", args.short, {}
+        for name, kind in FORMATS.items():
+            count = args.damages or (3 if few else 16 if kind.checked else 40)
+            tasks[name] = try_damages((name, kind), sound, rng(name), count)
+        for name in PROGRAMS:
+            tasks[f"kills: {name}"] = kill_program(name, sound, rng(name), 1 if few else 5)
+            tasks[f"full disk: {name}"] = fill_disk(name, sound, rng(name), 1 if few else 8)
+            tasks[f"read-only: {name}"] = forbid_writing(name, sound, rng(name), 1 if few else 2)
+        tasks = {name: task for name, task in tasks.items() if re.search(args.only, name)}
+
+        began = time.monotonic()
         os.makedirs(sound)
         os.chdir(sound)
-        began = time.monotonic()
         pid = os.fork()                 # so that this process never computes, and can be forked
         if not pid:
             code = 1
             try:
-                make_sound()
+                make_sound(tasks)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -281,20 +296,7 @@ def campaign(args):
             raise RuntimeError("the world could not be made")
         os.chdir(folder)
         print(f"the world: {time.monotonic() - began:.0f} s", flush=True)
-
-        def rng(name):
-            return random.Random(f"{args.seed} {name}")
-
-        few, tasks = args.short, {}
-        for name, kind in FORMATS.items():
-            count = args.damages or (3 if few else 16 if kind.checked else 40)
-            tasks[name] = try_damages((name, kind), sound, rng(name), count)
-        for name in PROGRAMS:
-            tasks[f"kills: {name}"] = kill_program(name, sound, rng(name), 1 if few else 5)
-            tasks[f"full disk: {name}"] = fill_disk(name, sound, rng(name), 1 if few else 8)
-            tasks[f"read-only: {name}"] = forbid_writing(name, sound, rng(name), 1 if few else 2)
-        chosen = {name: task for name, task in tasks.items() if re.search(args.only, name)}
-        return side_by_side(chosen, folder, args.workers)
+        return side_by_side(tasks, folder, args.workers)
 
 
 def main():

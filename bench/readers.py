@@ -5,6 +5,7 @@
 
 Everything is named relative to the folder that one is in, so that a copy is as good as the first.
 """
+import re
 import shutil
 import signal
 from argparse import Namespace
@@ -41,6 +42,8 @@ FLAGS = ["--model_name_or_path", "base", "--desc_data_path", DATA[0], "--pope_da
 STAGE_2 = ["train.py", "--stage", "2", "--init", "identity", *FLAGS]
 LORA = ["train.py", "--lora_r", "4", "--lora_dropout", "0.3", *FLAGS]
 ZERO = [*STAGE_2, "--deepspeed", "ds.json"]
+# Phases that read what programs leave.
+LEFT = "^(trained|adapter|non_lora|answers|kept|state|a log|a journal)|an evaluation"
 SAVED = ["--save_steps", "2"]
 ASK = ["eval_pope.py", "trained", "--set", "random", "--batch_size", "1", "--max_new_tokens", "8"]
 
@@ -48,8 +51,8 @@ ASK = ["eval_pope.py", "trained", "--set", "random", "--batch_size", "1", "--max
 # ---- The world -----------------------------------------------------------------------------------
 
 
-def make_sound():
-    """Write all files into the folder that one is in."""
+def make_sound(phases):
+    """Write all files that these phases of the campaign need into the folder that one is in."""
     make_world("world", 42, SIZES, progress=False)
     answers = {}            # a base that says yes to everything, and sees a kite in every picture
     for image in read_json("world/preference.json", list):
@@ -78,6 +81,9 @@ def make_sound():
         save_file({key: tensors[key] for key in keys}, f"shards/{file}", {"format": "pt"})
     write_json("shards/model.safetensors.index.json",
                {"weight_map": {key: file for file, keys in parts.items() for key in keys}})
+
+    if not any(re.search(LEFT, name) for name in phases):
+        return
 
     # What programs leave: checkpoints, answers, kept features, interrupted runs.
     for command in ([*STAGE_2, "--output_dir", "trained", "--cache_features", "features"],
