@@ -89,7 +89,7 @@ def results(pattern):
 
 def kill_program(name, sound, rng, chains):
     """Chains of four kills, each with a run at its end that is left alone. A single chain is killed
-    in front of moments only, so that it is the same every time.
+    twice, in front of moments only, so that it is the same every time.
     """
     command, within, pattern = PROGRAMS[name]
     with copied(sound):
@@ -101,7 +101,7 @@ def kill_program(name, sound, rng, chains):
     for chain in range(chains):
         with copied(sound):
             put_foreign("out", ".", "kept")
-            for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGINT):
+            for number in (signal.SIGKILL, signal.SIGINT) * (2 if chains > 1 else 1):
                 at = dict(moment=rng.randrange(1, counted.moments + 1), within=within)
                 if chains > 1 and rng.random() < 0.4:
                     at = dict(seconds=counted.seconds * rng.random())
