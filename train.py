@@ -47,6 +47,7 @@ from model import TRUNK, Head, Llava, set_trained
 from post_decoder import VARIANTS, PostInteractionBlock
 from support.common import InputError, run_program, say
 from support.images import check_images
+from support.outputs import write_text
 from tiny.prepare import prepare_tiny_world
 from training.batches import micro_batches
 from training.blocks import refuse_other_block
@@ -322,8 +323,7 @@ def save(deepspeed, run):
         metrics = os.path.join(args.output_dir, "metrics.jsonl")
         shutil.copyfile(os.path.join(run.folder, "metrics.jsonl"), metrics)
         picture = os.path.join(args.output_dir, "training.svg")
-        with open(picture, "w", encoding="utf-8") as file:
-            file.write(draw_training([metrics, *args.plot]))
+        write_text(picture, draw_training([metrics, *args.plot]))
     dist.barrier()
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 import torch
 
+from checkpoints.layouts import typed
 from data import ImageProcessor
 from support.common import InputError, file_digest
 
@@ -108,6 +109,14 @@ def identity_of(model, head, examples):
 # ---- Comparing -----------------------------------------------------------------------------------
 
 
+def told_identity(values, path):
+    """The identity that a file's `values` tell of; {} without one. InputError if it is none."""
+    identity = typed(values, "identity", dict, path) or {}
+    for name, kind in (("base", str), ("settings", dict), ("initial head", str), ("data", str)):
+        typed(identity, name, kind, path)
+    return identity
+
+
 def differences(before, now):
     """What is another in two identities, in words. Only what `now` has is compared."""
     found, base, settings = [], before.get("base") or "", now["settings"]
@@ -133,7 +142,8 @@ def refuse_other_base(path, info, model):
 
     `info`: its config.json. `model`: the base, a Llava.
     """
-    told = (info.get("identity") or {}) | {"base": info.get("fingerprint")}
+    file = os.path.join(path, "config.json")
+    told = told_identity(info, file) | {"base": typed(info, "fingerprint", str, file)}
     changed = differences(told, base_of_model(model))
     tokenizer = os.path.join(path, "tokenizer.model")
     if os.path.isfile(tokenizer) and file_digest(tokenizer) != file_digest(model.tokenizer.path):

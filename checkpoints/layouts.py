@@ -38,6 +38,8 @@ def weight_files(folder):
         index = os.path.join(folder, name + ".index.json")
         if os.path.isfile(index):
             weight_map = typed(read_json(index, dict), "weight_map", dict, index)
+            if not weight_map:
+                raise InputError(f"{index}: names no weights (weight_map); download it again")
             for key in weight_map:
                 typed(weight_map, key, str, index)
             shards = sorted(set(weight_map.values()))
@@ -147,7 +149,8 @@ def typed(values, name, expected, path):
         return None
     fits = isinstance(value, (int, float) if expected is float else expected)
     if expected in (int, float):
-        fits = fits and not isinstance(value, bool) and 0 < value < math.inf
+        below = 2 ** 31 if expected is int else math.inf
+        fits = fits and not isinstance(value, bool) and 0 < value < below
     if not fits:
         raise InputError(f"{path}: {name} is {json.dumps(value)} and should be {NAMES[expected]}; "
                          "mend the file, or download it again")
@@ -163,6 +166,15 @@ def pick(cls, values, defaults, path):
     found = {name: value for name, value in found.items() if value is not None}
     return cls(**{name: value for name, value in (defaults | found).items()
                   if name in cls.__dataclass_fields__})
+
+
+def refuse_made_up(layers, tensors, path):
+    """InputError for more layers than there are tensors, before they are built. `layers`: {name
+    of a setting: how many}."""
+    for name, count in layers.items():
+        if count > len(tensors):
+            raise InputError(f"{path}: {name} is {count:,}, and the weights hold {len(tensors):,} "
+                             "tensors in all; mend the file, or download it again")
 
 
 def refuse_uneven(values, number, divisor, path):

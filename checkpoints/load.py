@@ -30,6 +30,7 @@ from checkpoints.layouts import (
     our_names,
     read_seed_file,
     read_tensors,
+    refuse_made_up,
     refuse_quantised,
     typed,
     weight_files,
@@ -105,6 +106,10 @@ class BaseFiles:
                              f"{config.text.vocab_size} embeddings; copy the tokenizer.model that "
                              "belongs to this model")
         preprocess = image_processor(tower.preprocessor, config, tower.source)
+        layers = {"num_hidden_layers": config.text.num_hidden_layers,
+                  "num_hidden_layers of the vision tower": config.vision.num_hidden_layers,
+                  "depth of the block": self.block_config.depth if self.block_config else 0}
+        refuse_made_up(layers, self.tensors, os.path.join(folder, "config.json"))
         with torch.device("meta"):
             trunk, head = Trunk(config), Head(config, self.block_config)
 
@@ -215,6 +220,8 @@ def load_trained(path, base, dtype=None, device="cpu"):
         refuse_other_base(path, info, base)
         block_config = block_config_of(info.get("block"), os.path.join(path, "config.json"))
         tensors = read_file(os.path.join(path, TRAINED_FILE))
+        depth = block_config.depth if block_config else 0
+        refuse_made_up({"depth of the block": depth}, tensors, os.path.join(path, "config.json"))
     with torch.device("meta"):
         head = Head(base.config, block_config)
     lm_head = base.head.lm_head

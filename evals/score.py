@@ -11,6 +11,7 @@ there are. Answers and questions are joined by image and question, or by id and 
 file names no image.
 """
 import argparse
+import math
 import os
 from collections import Counter
 
@@ -85,6 +86,10 @@ def read_answers(path, questions, question_file):
     said = [(field(row, answer, str, path, n),
              field(row, "yes_score", (float, int, type(None)), path, n))
             for n, row in enumerate(rows)]
+    for n, (_, yes_score) in enumerate(said):
+        if yes_score is not None and not abs(yes_score) < math.inf:
+            raise InputError(f"{path}, row {n}: yes_score is {yes_score} and should be a finite "
+                             "number; mend or remove it")
     if has_image:
         keys = {split: {name: name for name in names} for split in questions}
     elif is_llava and not question_file:

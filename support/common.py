@@ -142,7 +142,7 @@ def check_text(path):
 def parse_json(text):
     """The value of a JSON text, a str or UTF-8. Half a character in it becomes U+FFFD."""
     text = text if isinstance(text, str) else text.decode()
-    value = json.loads(text)
+    value = json.loads(text, parse_int=whole_number)
     return without_halves(value) if "\\ud" in text or "\\uD" in text else value
 
 
@@ -177,7 +177,7 @@ def read_json(path, expected=object, lines=False):
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not readable as JSON, which is UTF-8 ({e}); save it as UTF-8, "
                          "if the download was not damaged") from e
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:      # also numbers of 5,000 digits, 1,000 levels
         raise InputError(f"{place}: not readable as JSON ({e}); was the download cut short?") from e
     return of_type(value, expected, path)
 
@@ -194,6 +194,13 @@ def id_text(value):
     """An id as text, to be compared: files write the same one as 17, "17" or "0017"."""
     text = str(value)
     return text.lstrip("0") or "0" if text.isdecimal() else text
+
+
+def whole_number(text):
+    """ValueError for one that no float can be: nothing that is counted is as large."""
+    if len(text) > 300:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
 
 
 def field(row, name, expected, path, number):
@@ -232,10 +239,14 @@ def temporary(path):
 def write_json(path, value):
     """Write `value` as JSON. The file is never half-written, even if the process is killed."""
     partial = temporary(path)
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.replace(partial, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror}); make room there, or name "
+                         "another folder") from e
 
 
 def file_digest(path):

@@ -116,8 +116,12 @@ def replace_folder(folder, fill, own, kept):
     partial, old = hidden_names(real)
     if os.path.lexists(real):
         check_only_ours(real, {**own, **kept})
-    os.makedirs(partial)
-    fill(partial)
+    try:
+        os.makedirs(partial)
+        fill(partial)
+    except OSError as e:
+        raise InputError(f"{partial}: cannot be written ({e.strerror}); make room there, or name "
+                         "another folder") from e
     if not os.path.isdir(real):
         os.rename(partial, real)
         return

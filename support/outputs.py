@@ -21,7 +21,7 @@ import zlib
 
 import torch.distributed as dist
 
-from support.common import InputError
+from support.common import InputError, check_file
 from support.folders import check_can_write, temporary
 
 # ---- Before long work ----------------------------------------------------------------------------
@@ -155,6 +155,7 @@ class Journal:
         """All rows of this identity that are kept."""
         kept = []
         for path in self.files():
+            check_file(path)
             with open(path, "rb") as file:
                 lines = [parsed(line) for line in file]
             if self.identity in lines:

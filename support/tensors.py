@@ -203,10 +203,15 @@ def forget_pages(tensor):
 def write_tensors(path, tensors):
     """Write {key: tensor}, then read the file again and compare.
 
-    RuntimeError if a key is lost, a value differs or is NaN, or if there is nothing to write.
+    InputError where it cannot be written. RuntimeError if a key is lost, a value differs or is NaN,
+    or if there is nothing to write.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, path, {"format": "pt"})
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: cannot be written ({e}); make room there, or name another "
+                         "folder") from e
     written = read_file(path)
     bad = [key for key, tensor in tensors.items()
            if key not in written or not torch.equal(written[key].read(), tensor)]

@@ -11,12 +11,14 @@ narrow, so the tower sees more than LLaMA gets to know, and the block has someth
 import copy
 import json
 import os
+import re
 from dataclasses import asdict, fields
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpoints.layouts import typed
 from checkpoints.load import load_base
 from checkpoints.save import save_base
 from checkpoints.weights import load_weights
@@ -110,7 +112,7 @@ def world_beside(checkpoint):
         return os.path.join(os.path.dirname(checkpoint), "world"), beside
     world = os.path.join("out", "world")
     if os.path.isdir(world):
-        seed = read_json(os.path.join(world, "world.json"), dict)["seed"]
+        seed, _ = made_with(world)
         if seed != SHIPPED_SEED:
             raise InputError(f"{world}: was made with --seed {seed}, and {checkpoint} with "
                              f"{SHIPPED_SEED}; name other images and questions with --coco_path "
@@ -155,19 +157,30 @@ def refuse_other_sizes(args, world, untrained, base):
 
     other = f"name another --output_dir, e.g. out/other/{os.path.basename(args.output_dir)}"
     if os.path.isdir(world):
-        there = read_json(os.path.join(world, "world.json"), dict)
-        seed, sizes = there["seed"], Sizes(**args.tiny_sizes)
+        (seed, there), sizes = made_with(world), Sizes(**args.tiny_sizes)
         refuse(seed != args.seed,
                f"{world}: was made with --seed {seed}, not {args.seed}; "
                + other.replace("/other/", f"/seed{args.seed}/"))
-        refuse(args.tiny_sizes and asdict(sizes) != there["sizes"],
-               f"{world}: was made with --tiny_sizes {json.dumps(there['sizes'])}; {other}")
+        refuse(args.tiny_sizes and asdict(sizes) != there,
+               f"{world}: was made with --tiny_sizes {json.dumps(there)}; {other}")
     for folder in filter(os.path.isdir, (untrained, base)):
-        made_with = read_json(os.path.join(folder, "config.json"), dict).get("arguments", {})
+        path = os.path.join(folder, "config.json")
+        before = typed(read_json(path, dict), "arguments", dict, path) or {}
         for name in ("tiny_tower", "tiny_base_steps"):
-            typed = getattr(args, name)
-            refuse(typed and name in made_with and typed != made_with[name],
-                   f"{folder}: was made with --{name} {json.dumps(made_with.get(name))}; {other}")
+            asked = getattr(args, name)
+            refuse(asked and name in before and asked != before[name],
+                   f"{folder}: was made with --{name} {json.dumps(before.get(name))}; {other}")
+
+
+def made_with(world):
+    """The seed and the sizes that a world was made with. InputError where it does not tell."""
+    path = os.path.join(world, "world.json")
+    values = read_json(path, dict)
+    seed, sizes = values.get("seed"), values.get("sizes")
+    if type(seed) is not int or not isinstance(sizes, dict):
+        raise InputError(f"{path}: does not tell the world's seed and sizes; remove {world}, and "
+                         "it is drawn again")
+    return seed, sizes
 
 
 def stage_0(args, untrained, base):
@@ -246,9 +259,13 @@ def mined_from(world, fingerprint):
     hadpo = os.path.join(world, "hadpo")
     if not os.path.isfile(os.path.join(hadpo, "base.json")):            # the last file of them
         return False
-    before = read_json(os.path.join(hadpo, "base.json"), dict).get("fingerprint")
+    path = os.path.join(hadpo, "base.json")
+    before = read_json(path, dict).get("fingerprint")
     if before == fingerprint:
         return True
+    if not isinstance(before, str) or not re.fullmatch("[0-9a-f-]+", before):
+        raise InputError(f"{path}: does not tell which base was asked; remove {hadpo}, and its "
+                         "files are made again")
     print(f"{hadpo}: was mined from another base; it is {hadpo}-{before} now", flush=True)
     os.rename(hadpo, f"{hadpo}-{before}")
     if os.path.isdir(f"{hadpo}-{fingerprint}"):

@@ -89,7 +89,7 @@ def parse_row(text, path, number):
     """The bytes of a row → its JSON value."""
     try:
         return parse_json(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}, row {number}: not readable as JSON ({e}); mend or remove the "
                          "row") from e
 

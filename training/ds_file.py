@@ -21,6 +21,7 @@ import typing
 from support.common import InputError, read_json
 
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+LARGEST_BATCH = 10 ** 6         # rows; all divisors of a batch are tried
 # Everything that DeepSpeed reads, and what the values are.
 WHOLE = ("steps_per_print", "vocabulary_size")
 NUMBERS = ("gradient_clipping", "gradient_predivide_factor")
@@ -124,6 +125,8 @@ class DeepSpeedFile:
             whole = isinstance(value, int) and number
             if name in (*SIZES, *WHOLE) and not (whole and value > 0):
                 self.refuse_value(name, value, "a whole number above 0")
+            if name in SIZES and value > LARGEST_BATCH:
+                self.refuse_value(name, value, f"at most {LARGEST_BATCH:,}")
             if name == "gradient_clipping" and not (number and 0 <= value < math.inf):
                 self.refuse_value(name, value, "a number, 0 (off) or more")
             if name == "gradient_predivide_factor" and not (number and 0 < value < math.inf):

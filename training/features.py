@@ -12,10 +12,11 @@ name twice, run once. Every example then gets the numbers that its own row would
 Of a row only the tokens that predict an answer token are kept (all of them when the block attends
 to the row itself), of an image the features that the block reads. A folder belongs to one
 combination of base, data, preprocessing and kind of features, named by a hash of these and told in
-its `key.json`; files are memory-mapped, each process writes its own rows, and `done` is set for a
-row only behind its numbers, so that an interrupted pass goes on where it stopped. Where everything
-is kept already, neither the trunk's weights nor any image are read. Images are known by their
-paths: with other pictures under the same names the folder has to go.
+its `key.json`; files are memory-mapped, each process writes its own rows, and a row's checksum
+comes only behind its numbers, so that an interrupted pass goes on where it stopped, batch by batch,
+and keeps the very numbers of one that did not. Where everything is kept already, neither the
+trunk's weights nor any image are read. Images are known by their paths: with other pictures under
+the same names the folder has to go.
 
 The pass comes before the first epoch and not within it: it goes through the rows sorted by length,
 with equal work for every process, serves all runs of a sweep, and costs 8 % more than that epoch
@@ -40,7 +41,7 @@ from support.folders import check_can_write
 from support.images import check_images
 from support.loading import batches_ahead, spare_cores
 from training.conversations import image_paths
-from training.kept_files import KeptFeatures, kept_files, pack_rows
+from training.kept_files import KeptFeatures, checksum, kept_files, pack_rows
 
 # What a folder depends on, and how we say that it is another.
 KEY = {"base": "another base", "settings": "a base with other settings", "data": "other data",
@@ -68,7 +69,7 @@ def folder_of(root, key, quiet):
     text = json.dumps(key, sort_keys=True)
     name, key = hashlib.sha256(text.encode()).hexdigest()[:12], json.loads(text)
     folder = os.path.join(root, name)
-    begun = os.path.exists(os.path.join(folder, "done.bin"))
+    begun = os.path.exists(os.path.join(folder, "sums.bin"))
     paths = glob.glob(os.path.join(glob.escape(root), "*", "key.json"))
     keys = {path: read_json(path, dict) for path in paths}
     unlike = {path: [words for name, words in KEY.items() if other.get(name) != key[name]]
@@ -101,10 +102,7 @@ def keep_features(folder, dataset, model, block_config, batch_size=16):
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     folder = folder_of(folder, key, rank != 0)
-    path = os.path.join(folder, "done.bin")
-    done = np.zeros(0, bool)
-    if os.path.isfile(path):
-        done = np.fromfile(path, bool)[:len(dataset)]
+    done = rows_done(os.path.join(folder, "sums.bin"), len(dataset))
     examples = dataset.examples
     if done.any():
         examples = [examples[i] for i in np.flatnonzero(~done)]
@@ -121,11 +119,14 @@ def keep_features(folder, dataset, model, block_config, batch_size=16):
     dtype = next(model.trunk.parameters()).dtype
     files = kept_files(folder, rows, text.hidden_size, (vision.num_patches, width), dtype)
 
-    # What is missing, by image, sorted by length and dealt out to the processes.
-    done = np.fromfile(files["done"].path, bool)
-    groups = groups_by_image(dataset, np.flatnonzero(~done).tolist(), rows["image"][0])
-    starts = range(rank * batch_size, len(groups), batch_size * world_size)
+    # All rows by image, sorted by length; the batches that lack one, dealt out to the processes. A
+    # batch is made as a whole: others would give it other last bits.
+    done = rows_done(files["sums"].path, len(dataset))
+    groups = groups_by_image(dataset, range(len(dataset)), rows["image"][0])
+    starts = range(0, len(groups), batch_size)
     batches = [groups[start:start + batch_size] for start in starts]
+    batches = [batch for batch in batches if not done[list(itertools.chain(*batch))].all()]
+    batches = batches[rank::world_size]
     if world_size > 1:
         dist.barrier()              # all have seen what is missing; from here on it gets less
     if batches:
@@ -133,6 +134,11 @@ def keep_features(folder, dataset, model, block_config, batch_size=16):
     if world_size > 1:
         dist.barrier()              # all have written, and what they wrote is on the disk
     return KeptFeatures(files, rows, dataset.examples)
+
+
+def rows_done(path, count):
+    """Which rows have a checksum, (count,), or none of them yet: (0,)."""
+    return np.fromfile(path, np.int64)[:count] != 0 if os.path.isfile(path) else np.zeros(0, bool)
 
 
 def load_trunk(trunk):
@@ -145,7 +151,7 @@ def load_trunk(trunk):
                          "runs there, or take a larger one; --bf16 halves fp32") from e
 
 
-def groups_by_image(dataset, missing, image_index):
+def groups_by_image(dataset, indices, image_index):
     """Rows of the data → lists of those that the pass reads as one row, the shortest first.
 
     Their texts together have no more tokens than the model's longest row.
@@ -153,7 +159,7 @@ def groups_by_image(dataset, missing, image_index):
     lengths = dataset.lengths()
     text = np.where(lengths > 0, lengths - dataset.format.num_patches, -lengths)
     groups, open_groups = [], {}            # open_groups: {image: (its last group, tokens of it)}
-    for i in missing:
+    for i in indices:
         group, tokens = open_groups.get(image_index[i], (None, 0))
         if group is None or image_index[i] < 0 or tokens + text[i] > dataset.format.max_length:
             group, tokens = [], 0
@@ -208,7 +214,7 @@ def kept_in(batch, groups, numbers, rows):
 def run_trunk(files, rows, dataset, batches, trunk, block_config):
     """The pass itself, over this process's share: lists of groups of rows."""
     parameter, offsets, by_image = next(trunk.parameters()), rows["token"][1], ByImage(dataset)
-    image_index, true = rows["image"][0], torch.ones(1, dtype=torch.uint8)
+    image_index = rows["image"][0]
 
     @torch.inference_mode()
     def states_of(groups, batch, numbers):
@@ -237,15 +243,19 @@ def run_trunk(files, rows, dataset, batches, trunk, block_config):
         # A row is done behind its numbers, so that an interrupted pass goes on where it stopped.
         hidden_states, image_features = states
         lengths = [offsets[i + 1] - offsets[i] for group in groups for i in group]
-        kept = iter(hidden_states.split(lengths))
+        kept, sums = iter(hidden_states.split(lengths)), {}
         for n, group in enumerate(groups):
             for i in group:
-                files["hidden"].write(offsets[i], next(kept))
-            if image_index[group[0]] >= 0:
-                features = image_features[batch.image_index[n]][None]
-                files["features"].write(image_index[group[0]], features)
-        for i in itertools.chain(*groups):
-            files["done"].write(i, true)
+                states = next(kept)
+                files["hidden"].write(offsets[i], states)
+                sums[i] = checksum(states)
+            image = image_index[group[0]]
+            if image >= 0:
+                features = image_features[batch.image_index[n]]
+                files["features"].write(image, features)
+                files["sums"].write(len(image_index) + image, checksum(features))
+        for i, value in sums.items():
+            files["sums"].write(i, value)
 
     loader = batches_ahead(by_image, batches, spare_cores())
     bar = progress(loader, "one frozen pass", unit="batch")

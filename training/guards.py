@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from data import IMAGE
 from support.common import InputError, progress, say
-from training.resume import read_latest
+from training.states import read_latest
 
 TEMPLATE = 32       # tokens at most around a question and its answer: USER, ASSISTANT, </s>, spaces
 

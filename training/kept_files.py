@@ -6,13 +6,14 @@
     batch = KeptFeatures(files, rows, examples)[[3, 7]]                  # as PackedDataset gives it
 
 `hidden.bin` holds the hidden states of the kept tokens, `features.bin` the image features,
-`done.bin` a byte a row, `rows.npz` everything that is no number of the trunk. Files are written in
-place and read through a memory map, so a run can train on more rows than memory holds.
+`sums.bin` a checksum a row and a checksum an image, 0 until it is kept, `rows.npz` everything that
+is no number of the trunk. Files are written in place and read through a memory map, so a run can
+train on more rows than memory holds. A row is compared with its checksum when it is read first.
 """
 import math
 import os
 import shutil
-import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ def pack_rows(path, dataset, whole):
 
     "token" is where the kept tokens stand in the whole row, "image" is one number a row, -1 = none.
     """
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         write_packed_rows(path, dataset, whole)
     return read_packed_rows(path, len(dataset))
 
@@ -56,8 +57,12 @@ def write_packed_rows(path, dataset, whole):
     arrays |= {f"{name}_offsets": np.cumsum([0] + [len(x) for x in values])
                for name, values in flat.items()}
     partial = temporary(path) + ".npz"
-    np.savez(partial, **arrays)
-    os.replace(partial, path)
+    try:
+        np.savez(partial, **arrays)
+        os.replace(partial, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror}); make room there, or name "
+                         "another folder with --cache_features") from e
 
 
 def read_packed_rows(path, count):
@@ -66,13 +71,22 @@ def read_packed_rows(path, count):
         with np.load(path) as file:
             rows = {name: (file[name], file[f"{name}_offsets"])
                     for name in (*FIELDS, "token", "image")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except Exception as e:      # a damaged file may raise anything
         raise InputError(f"{path}: cannot be read ({e}); it was cut or changed: remove "
                          f"{folder}") from e
     if len(rows["image"][0]) != count:
         raise InputError(f"{path}: tells of {len(rows['image'][0]):,} rows and the data have "
                          f"{count:,}; it was changed: remove {folder}")
     return rows
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def checksum(tensor):
+    """(1,) int64, never 0."""
+    return torch.tensor([zlib.crc32(as_bytes(tensor)) + 1])
 
 
 @dataclass
@@ -102,9 +116,8 @@ class KeptFile:
 
     def write(self, start, rows):
         """Write rows (n, ...) from row `start` on."""
-        rows = rows.contiguous().view(-1).view(torch.uint8).numpy()
         with open(self.path, "r+b", buffering=0) as file:
-            os.pwrite(file.fileno(), rows, start * self.row_bytes)
+            os.pwrite(file.fileno(), as_bytes(rows), start * self.row_bytes)
 
     def flush(self):
         """To the disk, so that other machines read it there."""
@@ -124,10 +137,10 @@ def kept_files(folder, rows, hidden_size, feature_shape, dtype):
     image_index = rows["image"][0]
     shapes = {"hidden": ((int(rows["position"][1][-1]), hidden_size), dtype),
               "features": ((int(image_index.max()) + 1, *feature_shape), dtype),
-              "done": ((len(image_index),), torch.uint8)}
+              "sums": ((len(image_index) + int(image_index.max()) + 1,), torch.int64)}
     files = {name: KeptFile(os.path.join(folder, f"{name}.bin"), *shape)
              for name, shape in shapes.items()}
-    begun = files["done"].size() > 0        # it is made last, when the space of the others is there
+    begun = files["sums"].size() > 0        # it is made last, when the space of the others is there
     for file in files.values():
         if file.size() > file.bytes or begun and file.size() != file.bytes:
             raise InputError(f"{file.path}: has {file.size():,} bytes and should have "
@@ -153,16 +166,18 @@ class KeptFeatures(torch.utils.data.Dataset):
     def __init__(self, files, rows, examples):
         self.files, self.rows, self.examples = files, rows, examples
         self.image_index = rows["image"][0]
+        self.checked = np.zeros(len(self.image_index) + int(self.image_index.max()) + 1, bool)
         self.map_files()
 
     def map_files(self):
+        self.sums = self.files["sums"].mapped()
         self.hidden_states = self.files["hidden"].mapped()
         self.image_features = self.files["features"].mapped()
 
     def __getstate__(self):
         # A worker that was not forked maps the files itself.
         return {name: value for name, value in self.__dict__.items()
-                if name not in ("hidden_states", "image_features")}
+                if name not in ("sums", "hidden_states", "image_features")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -175,6 +190,21 @@ class KeptFeatures(torch.utils.data.Dataset):
         """How many tokens are kept of each row, (n,)."""
         return np.diff(self.rows["position"][1])
 
+    def check(self, indices):
+        """InputError where a row, or its image, is not what was kept. Each is looked at once."""
+        offsets, count = self.rows["position"][1], len(self)
+        images = self.image_index[indices]
+        for n in {*indices.tolist(), *(count + images[images >= 0]).tolist()}:
+            if self.checked[n]:
+                continue
+            file, part = ("hidden", self.hidden_states[offsets[n]:offsets[n + 1]]) if n < count \
+                else ("features", self.image_features[n - count])
+            if checksum(part) != self.sums[n]:
+                path = self.files[file].path
+                raise InputError(f"{path}: does not hold what was kept there; it was damaged or "
+                                 f"changed: remove {os.path.dirname(path)}")
+            self.checked[n] = True
+
     def _padded(self, name, indices):
         values, offsets = self.rows[name]
         start, length = offsets[indices], offsets[indices + 1] - offsets[indices]
@@ -184,6 +214,7 @@ class KeptFeatures(torch.utils.data.Dataset):
 
     def __getitem__(self, indices):
         indices = np.asarray(indices)
+        self.check(indices)
         padded = {name: self._padded(name, indices) for name in FIELDS}
         batch = Batch(**{name: torch.from_numpy(values.astype(np.int64))
                          for name, (values, _, _) in padded.items()})

@@ -7,7 +7,6 @@
 `metrics.jsonl` gets one line per `--logging_steps`, the monitor (TensorBoard, W&B or CSV, from the
 DeepSpeed file) the same numbers. Only rank 0 writes.
 """
-import json
 import os
 import time
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support.common import say
+from support.outputs import Lines
 
 SHOWN = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accuracy"}    # in the bar
 
@@ -41,7 +41,7 @@ class StepLog:
     def __enter__(self):
         first = dist.get_rank() == 0
         path = os.path.join(self.run.folder, "metrics.jsonl") if first else os.devnull
-        self.file = open(path, "a", buffering=1)                                    # line by line
+        self.file = Lines(path, "make room there, and go on with --resume")
         self.bar = tqdm(total=self.run.steps, initial=self.start, desc="training", unit="step",
                         disable=not first, mininterval=0.5)
         return self
@@ -56,7 +56,7 @@ class StepLog:
         self.bar.update()
         if step % self.run.args.logging_steps and step != self.run.steps:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.add({"step": step, **values})
         self.engine.monitor.write_events([(f"train/{name}", v, step) for name, v in values.items()])
         shown = " ".join(f"{SHOWN[name]} {v:.3f}" for name, v in values.items() if name in SHOWN)
         self.bar.set_postfix_str(shown, refresh=False)

@@ -10,7 +10,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from support.common import progress, temporary
+from support.common import InputError, progress, temporary
 from training.batches import micro_batches
 from training.lora import without_lora
 
@@ -54,6 +54,10 @@ def reference_logps(run, engine):
     dist.all_reduce(table, dist.ReduceOp.MAX)       # every rank has its own rows, -inf elsewhere
     if dist.get_rank() == 0:
         partial = temporary(path)
-        torch.save(table.cpu(), partial)
-        os.replace(partial, path)
+        try:
+            torch.save(table.cpu(), partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as e:        # torch's writer raises RuntimeError
+            reason = getattr(e, "strerror", None) or "is the disk full?"
+            raise InputError(f"{path}: cannot be written ({reason}); make room there") from e
     return table

@@ -14,11 +14,12 @@ lasts as long as the run:
     run.json         what determines the result; other arguments cannot go on from here
     metrics.jsonl    one line per logged step
     reference.pt     the reference's log-probabilities, where the trunk is trained
-    step-40/         DeepSpeed's state after that step, the last two; `latest` names a whole one
+    step-40/         DeepSpeed's state after that step, the last two; `latest` names a whole one;
+                     checksums.json says what was written there
 
 A state is written under another name, opened once, renamed, and published by replacing `latest`: a
-kill at any moment leaves the state before or the new one. Nothing is promised about a machine that
-loses power.
+kill at any moment leaves the state before or the new one. What a disk, or a machine that loses
+power, makes of it afterwards is known by its checksums, and refused.
 """
 import contextlib
 import fcntl
@@ -34,9 +35,19 @@ import sys
 import torch
 import torch.distributed as dist
 
-from checkpoints.identity import differences, identity_of
-from support.common import InputError, read_json, say, temporary, write_json
+from checkpoints.identity import differences, identity_of, told_identity
+from checkpoints.layouts import typed
+from support.common import (
+    InputError,
+    check_file,
+    read_json,
+    say,
+    temporary,
+    write_json,
+)
 from support.folders import check_only_ours, discard
+from support.outputs import parsed
+from training.states import SUMS, digests, read_latest, refuse_damaged
 
 # What may lie in OUTPUT_DIR.run. NFS makes ".nfs…" of a file that is removed while it is open.
 RUN_FILES = {"lock": None, "run.json": None, "metrics.jsonl": None, "reference.pt": None,
@@ -100,13 +111,6 @@ def what_determines(run):
     return json.loads(json.dumps(facts | arguments))
 
 
-def read_latest(folder):
-    path = os.path.join(folder, "latest")
-    if os.path.isfile(path):
-        with open(path) as file:
-            return file.read()
-
-
 def is_finished(run, initial_head):
     """Whether this very run has left its checkpoint, and nothing is to be resumed.
 
@@ -121,14 +125,15 @@ def is_finished(run, initial_head):
     if os.path.isdir(run.folder) or not os.path.isfile(path):
         return False
     told = read_json(path, dict)
-    before = told.get("arguments", {})
+    before = typed(told, "arguments", dict, path) or {}
     now = json.loads(json.dumps({k: v for k, v in vars(args).items() if v is not None}))
     names = (before.keys() | now.keys()) - set(INCIDENTAL)
     if any(before.get(name) != now.get(name) for name in names):
         return False
-    if told.get("identity"):
+    told = told_identity(told, path)
+    if told:
         identity = identity_of(run.model, initial_head(run)[0], run.rows.examples)
-        changed = differences(told["identity"], identity)
+        changed = differences(told, identity)
         if changed:
             say(f"{args.output_dir}: is finished, but {'; '.join(changed)}: it is trained anew")
             return False
@@ -173,6 +178,8 @@ def claimed_folder(run):
         raise InputError(f"{folder}: is not on a disk that all machines share; name an "
                          "--output_dir that is")
     try:
+        if state and run.args.resume:
+            refuse_damaged(folder, state)
         yield state if run.args.resume else None
         if lock:
             empty(folder)
@@ -187,8 +194,10 @@ def claimed_folder(run):
 
 def refuse_other_run(folder, state, facts):
     """InputError where the run that was interrupted is not this one."""
-    before = read_json(os.path.join(folder, "run.json"), dict)
-    processes, now = before.pop("processes"), dist.get_world_size()
+    path = os.path.join(folder, "run.json")
+    before = read_json(path, dict)
+    told_identity({"identity": before}, path)
+    processes, now = typed(before, "processes", int, path), dist.get_world_size()
     changed = differences(before, facts)
     changed += [f"{name} was {before.get(name)} and is {value}" for name, value in facts.items()
                 if name not in IDENTITY and before.get(name) != value]
@@ -234,19 +243,36 @@ def cut_log(path, step):
     """Keep the lines up to a step: those behind it will be written again, and the last may be half
     a line.
     """
-    with open(path) as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    check_file(path)
+    lines = []
+    with open(path, "rb") as file:
+        for n, line in enumerate(file):
+            number = parsed(line).get("step")
+            if line.endswith(b"\n") and type(number) is not int:
+                raise InputError(f"{path}, row {n}: is no step of a log; remove that line, or "
+                                 "leave --resume out to start anew")
+            lines += [line] if line.endswith(b"\n") and number <= step else []
     partial = temporary(path)
-    with open(partial, "w") as file:
+    with open(partial, "wb") as file:
         file.writelines(lines)
     os.replace(partial, path)
 
 
 def save_state(engine, folder, step):
     """DeepSpeed's state after a step, of all ranks. Killed at any moment, `latest` names a state
-    that is whole.
+    that is whole. InputError where the disk is full.
     """
-    name = f"step-{step}"
+    try:
+        write_state(engine, folder, f"step-{step}")
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError) as e:            # torch's writer raises RuntimeError
+        reason = getattr(e, "strerror", None) or "is the disk full?"
+        raise InputError(f"{folder}: the state after step {step} cannot be written ({reason}); "
+                         "make room there, and go on from the state before with --resume") from e
+
+
+def write_state(engine, folder, name):
     path, latest = os.path.join(folder, name), os.path.join(folder, "latest")
     engine.save_checkpoint(folder, tag=name + ".partial", save_latest=False,
                            exclude_frozen_parameters=True)
@@ -255,6 +281,8 @@ def save_state(engine, folder, step):
         for file in glob.glob(os.path.join(path + ".partial", "*.pt")):
             # Opens, or the disk was full
             torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+        with open(os.path.join(path + ".partial", SUMS), "w") as file:
+            json.dump(digests(folder, name + ".partial"), file)
         discard(path)
         os.rename(path + ".partial", path)
         partial = temporary(latest)

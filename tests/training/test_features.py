@@ -167,7 +167,7 @@ def shortened(size):
 
 DAMAGED = {  # file: how it is changed
     "hidden.bin": shortened(lambda size: size // 2), "features.bin": os.remove,
-    "done.bin": shortened(lambda size: 9), "rows.npz": shortened(lambda size: size - 40),
+    "sums.bin": shortened(lambda size: 9), "rows.npz": shortened(lambda size: size - 40),
     "key.json": os.remove}
 
 
@@ -228,7 +228,7 @@ def test_a_process_that_starts_late_has_its_share(world, tmp_path, monkeypatch):
     for name, function in (("is_initialized", lambda: True), ("get_world_size", lambda: 2),
                            ("get_rank", lambda: ranks[-1]), ("barrier", barrier)):
         monkeypatch.setattr(features.dist, name, function)
-    done = np.fromfile(keep(1).files["done"].path, bool)
+    done = np.fromfile(keep(1).files["sums"].path, np.int64)
     assert done.all() and sum(rows) == len({example.image for example in dataset.examples})
     assert ranks == [1, 0]
 

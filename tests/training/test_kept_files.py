@@ -62,7 +62,7 @@ def test_space_is_taken_before_the_pass(tmp_path, dataset, model, monkeypatch):
     monkeypatch.setattr("training.features.run_trunk", lambda *_: None)
     keep(tmp_path, dataset, model)
     folder, = tmp_path.iterdir()
-    for name in ("hidden", "features", "done"):
+    for name in ("hidden", "features", "sums"):
         status = (folder / f"{name}.bin").stat()
         assert status.st_size and status.st_blocks * 512 >= status.st_size
 
@@ -110,4 +110,28 @@ def test_an_interrupted_pass_goes_on(tmp_path, dataset, model, monkeypatch):
     kept = keep(tmp_path / "part", dataset, model)
     every = list(range(len(dataset)))
     for name, x in kept[every].tensors().items():
-        assert torch.allclose(x.float(), whole[every].tensors()[name].float(), atol=1e-6), name
+        assert torch.equal(x, whole[every].tensors()[name]), name
+
+
+@pytest.mark.parametrize("name, at", (("hidden", 1000), ("features", 1000), ("sums", 3)))
+def test_a_byte_that_is_another(tmp_path, dataset, model, name, at):
+    """It is found when its row is read, and by no other row."""
+    keep(tmp_path, dataset, model)
+    path, = tmp_path.glob(f"*/{name}.bin")
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    kept = keep(tmp_path, dataset, model)
+    with pytest.raises(InputError, match=f"does not hold what was kept.*remove {path.parent}"):
+        kept[list(range(len(kept)))]
+    last = len(kept) - 1
+    assert len(kept[[last]].hidden_states) == 1
+
+
+def test_rows_that_are_a_folder(tmp_path, dataset, model):
+    keep(tmp_path, dataset, model)
+    path, = tmp_path.glob("*/rows.npz")
+    os.remove(path)
+    path.mkdir()
+    with pytest.raises(InputError, match="rows.npz: cannot be read"):
+        keep(tmp_path, dataset, model)
