@@ -2,6 +2,7 @@
 import collections
 import math
 import re
+import zlib
 from glob import glob
 from types import SimpleNamespace
 
@@ -54,7 +55,7 @@ def test_a_policy_that_is_not_its_reference_at_the_start(world, tmp_path, monkey
 
 
 def test_a_bad_row_stops_before_it_spoils_the_weights(world, tmp_path, in_this_process):
-    """NaN in one row's kept features: step, rows of that micro batch and the state before are
+    """NaN that a trunk made of one row: step, rows of that micro batch and the state before are
     named. That state is sound."""
     flags = flags_of(world, "kept features", tmp_path / "cut", "--save_steps", 1)
     run_train(*flags)
@@ -70,6 +71,10 @@ def test_a_bad_row_stops_before_it_spoils_the_weights(world, tmp_path, in_this_p
     begin, end = offsets[bad[1]] * width, offsets[bad[1] + 1] * width
     spoilt[begin:end] = np.full((end - begin) // 4, np.nan, np.float32).tobytes()
     write_in_place(f"{kept}/hidden.bin", spoilt)
+    sums = read_bytes(f"{kept}/sums.bin")
+    of_nan = np.frombuffer(sums, np.int64).copy()
+    of_nan[bad[1]] = zlib.crc32(spoilt[begin:end]) + 1
+    write_in_place(f"{kept}/sums.bin", of_nan.tobytes())
     with pytest.raises(InputError) as error:
         run_train(*flags)
     print(error.value)
@@ -78,6 +83,7 @@ def test_a_bad_row_stops_before_it_spoils_the_weights(world, tmp_path, in_this_p
     said = re.search("from examples (.*) of the data", str(error.value))[1]
     assert [int(n) for n in re.findall(r"(\d+) \(\d+.jpg\)", said)] == bad
     write_in_place(f"{kept}/hidden.bin", sound)
+    write_in_place(f"{kept}/sums.bin", sums)
     run_train(*flags, "--resume")
     assert result(tmp_path / "cut") == whole
 
