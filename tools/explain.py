@@ -205,7 +205,7 @@ def show_block(passage):
         yield ("   The identity, because out_proj and fc2 start at zero: policy = reference, and "
                "this is step 0.")
     if module.config.attention == "cross":
-        weights = module.attention_weights(h[None, :1], context)[0, :, 0].mean(0)              # (P,)
+        weights = module.attention_weights(h[None, :1], context)[0, :, 0].mean(0)      # (P,)
         side = math.isqrt(len(weights))
         drawn = side * max(1, 12 // side)
         yield line_with_place("   The image, and where eq. 2 looks for the first answer token: "
