@@ -10,7 +10,6 @@ disk as soon as it is there: after an interruption the same command asks only th
 `--num_beams` above 1 each image is answered by a beam search (sampling.py), one after the other.
 """
 import argparse
-import functools
 import json
 import os
 import re
@@ -115,9 +114,7 @@ def describe(args, images, folder, output):
     protocol = Protocol(SYSTEMS[asking.system_prompt], "", limit)
     asked = identity(model, args.checkpoints, prompts, protocol, limit)
     journal = Journal(output, asked | {"num_beams": asking.num_beams}, rank)
-    decode = answer
-    if asking.num_beams > 1:
-        decode = functools.partial(search, num_beams=asking.num_beams)
+    decode = answer if asking.num_beams == 1 else with_beams(asking.num_beams)
     with journal.kept_on_interrupt(len(images), "images"):
         answers = ask(model, prompts, limit, args.batch_size, journal, decode)
     if rank:
@@ -129,17 +126,20 @@ def describe(args, images, folder, output):
     return Descriptions(texts, asking.told(), dict(zip(names, folders, strict=True)), journal)
 
 
-def search(model, dataset, max_new_tokens, batch_size, indices, words, num_beams):
-    """Answers by beam search, in the form of model.py's `answer`; there are no first logits."""
-    sampling = Sampling(num_beams=num_beams, max_new_tokens=max_new_tokens)
-    for i in progress(indices, "asking", unit="image"):
-        example, said = dataset.examples[i], []
-        question = example.conversations[0][0][0].removeprefix(f"{IMAGE}\n")
-        for head in model.heads.values():
-            conversation = Conversation(model, head, example.image, dataset.format.system)
-            ids = list(conversation.answer(question, sampling))
-            said.append(([model.tokenizer.decode(ids)], torch.zeros(1, len(words))))
-        yield i, said
+def with_beams(num_beams):
+    """What answers by beam search, in the form of model.py's `answer`; it has no first logits."""
+    def search(model, dataset, max_new_tokens, batch_size, indices, words):
+        sampling = Sampling(num_beams=num_beams, max_new_tokens=max_new_tokens)
+        for i in progress(indices, "asking", unit="image"):
+            example, said = dataset.examples[i], []
+            question = example.conversations[0][0][0].removeprefix(f"{IMAGE}\n")
+            for head in model.heads.values():
+                conversation = Conversation(model, head, example.image, dataset.format.system)
+                ids = list(conversation.answer(question, sampling))
+                said.append(([model.tokenizer.decode(ids)], torch.zeros(1, len(words))))
+            yield i, said
+
+    return search
 
 
 # ---- Lists of images, and texts that exist -------------------------------------------------------

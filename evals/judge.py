@@ -9,7 +9,7 @@ Only the standard library is needed. `at_once` requests are under way at the sam
 pass (a full server, a slow one, an answer that is no JSON) is tried again after a pause, at most
 `tries` times; then the reply has no text. Nor has that of a request that the server refuses, e.g.
 because it is too long. A server that refuses for good (a wrong key, no such model) ends everything
-with one line, and so does one that answers none of the first requests.
+with one line, and so does one that has not answered HOPELESS requests in a row.
 
 Follows OpenAI's chat completions: POST to /chat/completions, `choices[0].message.content`.
 """
@@ -28,7 +28,7 @@ from support.common import InputError
 REFUSALS = {401: "mend the key in the environment variable OPENAI_API_KEY",
             403: "the key may not use this model", 404: "mend --judge_url or --judge_model"}
 PASSING = 408, 409, 425, 429      # refusals that may pass, beside those from 500 on
-HOPELESS = 5            # requests without any answer, from which a silent server is given up
+HOPELESS = 5            # requests in a row without an answer: the server is given up
 
 
 class Refused(Exception):
@@ -54,6 +54,7 @@ class Reply:
     """What came of one request."""
     text: str = None                                # None: no try was answered
     tried: list = field(default_factory=list)       # what went wrong in the tries before
+    refused: bool = False                           # this request will never be answered
 
 
 def post(judge, prompt):
@@ -107,6 +108,7 @@ def ask(judge, prompt, stop):
             break
         except Refused as e:
             reply.tried.append(str(e))
+            reply.refused = True
             break
         except (OSError, ValueError) as e:
             reply.tried.append(str(getattr(e, "reason", e)) or type(e).__name__)
@@ -116,7 +118,7 @@ def ask(judge, prompt, stop):
 def replies(judge, prompts):
     """Ask about every prompt of {name: prompt} → (name, Reply), as they come.
 
-    InputError where the server refuses for good or answers nothing. What came before has been given
+    InputError where the server refuses for good or answers no more. What came before has been given
     out by then, so it can be kept. The threads die with the program, so that Ctrl-C ends it at once
     and not after the slowest answer.
     """
@@ -135,15 +137,14 @@ def replies(judge, prompts):
 
     for _ in range(min(judge.at_once, len(prompts))):
         threading.Thread(target=work, daemon=True).start()
-    silent, answered = 0, False
+    silent = 0                                      # in a row
     try:
         for _ in prompts:
             name, reply = done.get()
             if isinstance(reply, Exception):
                 raise reply
-            answered = answered or reply.text is not None
-            silent += reply.text is None
-            if not answered and silent >= min(HOPELESS, len(prompts)):
+            silent = silent + 1 if reply.text is None and not reply.refused else 0
+            if silent == HOPELESS:
                 raise InputError(f"--judge_url {judge.url}: answers nothing "
                                  f"({reply.tried[-1][:300]}); start the server, or mend the "
                                  "address or --judge_model; the same command goes on")
