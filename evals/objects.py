@@ -198,6 +198,5 @@ def read_annotations(paths, words):
         raise InputError(f"{', '.join(paths)}: hold no categories; one of COCO's instances_*.json "
                          "is needed")
     for image, caption in captions:
-        if image in names:
-            shown.setdefault(image, set()).update(m.name for m in words.mentions(caption))
+        shown.setdefault(image, set()).update(m.name for m in words.mentions(caption))
     return {os.path.basename(name): shown.get(image, set()) for image, name in names.items()}

@@ -101,17 +101,27 @@ def asked(root, *flags):
     return chair.evaluate(parser.parse_args([str(flag) for flag in (root / "base", *flags)]))
 
 
-def test_texts_are_those_of_a_conversation(root, world):
+def test_texts_are_those_of_a_conversation(root, world, monkeypatch):
     """Greedy and with beams, each image as if it were asked alone."""
-    model = load_base(world.base)
+    model, system = load_base(world.base), "Is there a dog in the image?"
+    monkeypatch.setitem(describe.SYSTEMS, "hadpo", system)
+    begun = []                          # system prompts of the beam searches
+
+    def begin(*args):
+        begun.append(args[3])
+        return Conversation(*args)
+
+    monkeypatch.setattr(describe, "Conversation", begin)
     for beams in (1, 3):
         judged = asked(root, "--num_beams", beams, "--max_new_tokens", 8, "--output_dir",
-                       root / f"beams{beams}", "--prompt", DESCRIBE[1])
+                       root / f"beams{beams}", "--prompt", DESCRIBE[1], "--system_prompt",
+                       "hadpo")
         for image, row in judged["base"].items():
             path = f"{world.coco}/val2014/{image}"
-            ids = Conversation(model, model.head, path).answer(
+            ids = Conversation(model, model.head, path, system).answer(
                 DESCRIBE[1], Sampling(num_beams=beams, max_new_tokens=8))
             assert row.text == model.tokenizer.decode(list(ids)).strip()
+    assert begun == 12 * [system]
 
 
 def test_validation_images(root, world):

@@ -56,6 +56,12 @@ def test_what_may_pass_is_tried_again(bad, told):
         assert all(told in line for line in reply.tried)
 
 
+def test_a_server_that_refuses_many_is_not_given_up():
+    with StandIn(lambda prompt, n: Misbehaviour(400, "too long")) as server:
+        said = dict(replies(quick(server.url, at_once=1), {n: f"{n}" for n in range(12)}))
+        assert len(said) == len(server.asked) == 12
+
+
 def test_a_silent_server_is_tried_again():
     with StandIn(lambda prompt, n: Misbehaviour(silent=True) if n == 1 else "good") as server:
         [(_, reply)] = replies(quick(server.url, timeout=2.0), {"a": "prompt"})
