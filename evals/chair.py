@@ -4,6 +4,7 @@
     python -m evals.chair CKPT --coco_path COCO --annotations COCO/annotations
     python -m evals.chair CKPT --coco_path COCO --annotations COCO/annotations --images list.txt
     python -m evals.chair --score answers.jsonl --annotations instances_val2014.json
+    torchrun --nproc_per_node 2 -m evals.chair CKPT       # images split over processes, same table
 
 Asks the base and every checkpoint to describe the images, and prints a table:
 
@@ -38,6 +39,7 @@ from evals.describe import (
     flags,
     known_as,
     read_images,
+    start_processes,
     write_metrics,
     write_rows,
 )
@@ -150,6 +152,7 @@ def evaluate(args):
         raise InputError(f"--score {args.score[0]}: no model is asked; leave {args.checkpoints[0]} "
                          "out")
     if args.checkpoints:
+        start_processes()
         args.checkpoints = checkpoints_among(args.checkpoints)
         world, beside = world_beside(args.checkpoints[0])
     else:

@@ -88,6 +88,12 @@ def flags(parser, usual):
     add("--score", nargs="+", metavar="FILE", help="texts that exist already: no model is loaded")
 
 
+def start_processes():
+    """Let the processes of torchrun find each other, before any of them makes a file."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo")                     # only texts are exchanged
+
+
 def describe(args, images, folder, output):
     """Ask base and checkpoints for descriptions of `images` (names in `folder`) → Descriptions.
 
@@ -96,8 +102,6 @@ def describe(args, images, folder, output):
     check_output_folder(output, "--output_dir")
     check_images([os.path.join(folder, image) for image in images])
     rank = int(os.environ.get("RANK", 0))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")                     # only texts are exchanged
     device, dtype = device_and_dtype(args.bf16)
     model = load_all(Source(args.checkpoints, args.model_name_or_path, args.vision_tower), device,
                      dtype)

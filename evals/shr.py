@@ -38,6 +38,7 @@ from evals.describe import (
     describe,
     existing,
     flags,
+    start_processes,
     write_metrics,
     write_rows,
 )
@@ -170,6 +171,7 @@ def evaluate(args):
     if bool(args.checkpoints) == bool(args.score):
         raise InputError("name checkpoints to ask, or else texts that exist: --score FILE")
     if args.checkpoints:
+        start_processes()
         args.checkpoints = checkpoints_among(args.checkpoints)
     world, beside = world_beside((args.checkpoints or [shipped_base()])[0])
     output = args.output_dir or os.path.join(beside, "shr")

@@ -11,6 +11,7 @@ from conftest import load_json, shell, succeeds
 from PIL import Image
 
 from checkpoints.load import load_base
+from checkpoints.save import save_trained
 from data import DESCRIBE
 from evals import chair, describe
 from evals.objects import read_words
@@ -99,6 +100,29 @@ def asked(root, *flags):
     """What the program says of the base, in this process → {model: {image: Judged}}."""
     parser = chair.parser()
     return chair.evaluate(parser.parse_args([str(flag) for flag in (root / "base", *flags)]))
+
+
+def test_two_processes_say_the_same(root, tmp_path):
+    flags = root / "stage1", "--max_new_tokens", 6, "--output_dir"
+    one = succeeds(*CHAIR, *flags, tmp_path / "one")
+    two = succeeds("torchrun", "--nproc_per_node", 2, "-m", "evals.chair", *flags, tmp_path / "two")
+    tables = [[line for line in said.splitlines() if line.startswith("|")] for said in (one, two)]
+    assert tables[0] == tables[1] and len(tables[0]) == 4
+    for name in "base.jsonl", "stage1.jsonl":
+        assert rows_of(tmp_path / "one" / name) == rows_of(tmp_path / "two" / name)
+
+
+def test_results_stay_where_a_checkpoint_is_trained_again(root, world, tmp_path):
+    base, folder = load_base(world.base), str(tmp_path / "again")
+    weights = {"lm_head.weight": base.head.lm_head.weight}
+    info = {"base": world.base, "fingerprint": base.fingerprint}
+    for _ in range(2):
+        save_trained(folder, weights, info, base.tokenizer)
+        for name in "chair", "shr":
+            os.makedirs(os.path.join(folder, name), exist_ok=True)
+            with open(os.path.join(folder, name, "base.jsonl"), "a") as file:
+                file.write("a line\n")
+    assert os.path.getsize(os.path.join(folder, "shr", "base.jsonl")) == 14
 
 
 def test_texts_are_those_of_a_conversation(root, world, monkeypatch):
