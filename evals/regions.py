@@ -10,7 +10,8 @@ import os
 from dataclasses import dataclass
 
 from data import read_image_index
-from support.common import InputError, field, id_text, read_json, say
+from support.common import InputError, check_text, field, id_text, progress, read_json, say
+from training.conversations import CHUNK, parse_row, whole_objects
 
 INSTRUCTIONS = """\
 You check descriptions of an image that you cannot see. This is known about the image.
@@ -67,6 +68,24 @@ def read_known(vg_path, shr_path):
     return Known(vg_path, images, read_regions(vg_path, set(wanted)), facts)
 
 
+def rows_of(path):
+    """The objects of a large JSON list, one after the other: all together would fill the memory."""
+    rest, number, position = b"", 0, check_text(path)
+    bar = progress(total=os.path.getsize(path), desc="regions", unit="B", unit_scale=True)
+    with open(path, "rb") as file, bar:
+        file.seek(position)
+        while more := file.read(max(CHUNK, len(rest))):
+            text, behind = rest + more, 0
+            for begin, behind in whole_objects(text).tolist():
+                yield parse_row(text[begin:behind], path, number)
+                number += 1
+            rest = text[behind:]
+            bar.update(len(more))
+    if rest.strip(b", \r\n\t") not in (b"]", b"[]"):
+        raise InputError(f"{path}, row {number}: the list does not end behind it; was the download "
+                         "cut short?")
+
+
 def read_regions(vg_path, wanted):
     """Visual Genome's region_descriptions.json → {image id: ["[x1, y1, x2, y2]: phrase", ...]}."""
     sizes, lines = {}, {}
@@ -77,7 +96,7 @@ def read_regions(vg_path, wanted):
                                                for side in ("width", "height")]
     path = os.path.join(vg_path, "region_descriptions.json")
     say(f"reading {path}")
-    for n, row in enumerate(read_json(path, list)):
+    for n, row in enumerate(rows_of(path)):
         for region in field(row, "regions", list, path, n):
             image = id_text(field(region, "image_id", (int, str), path, n))
             if image not in wanted:

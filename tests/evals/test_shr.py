@@ -13,7 +13,7 @@ from small_files import assert_names_the_fault
 from stand_in import Misbehaviour, StandIn
 
 from evals import judge as judging
-from evals import shr
+from evals import regions, shr
 from evals.regions import prompt_of, read_known
 from support.common import InputError
 
@@ -115,6 +115,20 @@ def test_what_the_judge_is_told(tmp_path):
 def test_damaged_files(tmp_path, changes, file, fault):
     paths = write_files(tmp_path, **changes)
     assert_names_the_fault(lambda: read_known(*paths), file, fault)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_of_a_large_file(tmp_path, monkeypatch, indent):
+    """Rows that no chunk holds as a whole, and a file that was cut at any place."""
+    rows = [{"regions": [{"phrase": 'a "{[quoted]}" \\ ü' * n}], "n": n} for n in range(40)]
+    path, text = tmp_path / "regions.json", json.dumps(rows, indent=indent)
+    monkeypatch.setattr(regions, "CHUNK", 64)
+    path.write_text(text)
+    assert list(regions.rows_of(str(path))) == rows
+    for length in range(1, len(text) - 1, 97):
+        path.write_text(text[:length])
+        with pytest.raises(InputError, match="cut short"):
+            list(regions.rows_of(str(path)))
 
 
 # ---- Whole evaluations ---------------------------------------------------------------------------
