@@ -104,17 +104,17 @@ def identity(model, checkpoints, prompts, protocol, max_new_tokens):
     seen = [asdict(model.config), asdict(model.preprocess), file_digest(model.tokenizer.path)]
     sizes = [os.path.getsize(example.image) for example in dataset.examples]
     return {"base": model.fingerprint, "settings": digest(seen), "models": list(model.heads),
-            "trained": digest(list(trained.values())), "protocol": asdict(PROTOCOLS[protocol]),
+            "trained": digest(list(trained.values())), "protocol": asdict(protocol),
             "max_new_tokens": max_new_tokens, "dtype": str(next(model.trunk.parameters()).dtype),
             "questions": digest([list(by_image.items()), sizes])}
 
 
-def ask(model, prompts, max_new_tokens, batch_size=None, journal=None):
+def ask(model, prompts, max_new_tokens, batch_size=None, journal=None, decode=answer):
     """{head's name: {(image, question): (answer, yes-score)}} for what `open_prompts` returns.
 
     This process asks about its share of the images; the shares are gathered. What the journal knows
     is not asked again. A yes-score is log p(Yes) - log p(No) at the first answer token.
-    `batch_size` is in images; default: what fits.
+    `batch_size` is in images; default: what fits. `decode`: what answers; model.answer is greedy.
     """
     by_image, dataset = prompts
     images, words = list(by_image), [model.tokenizer.encode(word)[0] for word in ("Yes", "No")]
@@ -126,7 +126,7 @@ def ask(model, prompts, max_new_tokens, batch_size=None, journal=None):
     rank, world_size = 0, 1
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    for i, heads in answer(model, dataset, max_new_tokens, batch_size, rest[rank::world_size],
+    for i, heads in decode(model, dataset, max_new_tokens, batch_size, rest[rank::world_size],
                            words):
         said = []                                   # for every head [(answer, yes-score), ...]
         for texts, logits in heads:
@@ -277,7 +277,7 @@ def evaluate(args):
     limit = min(limit, model.config.text.max_position_embeddings)
     prompts = open_prompts(model, distinct, image_folder, args.protocol)
     long_rows(prompts[1])               # refuses a question that does not fit, before any is asked
-    asked = identity(model, args.checkpoints, prompts, args.protocol, limit)
+    asked = identity(model, args.checkpoints, prompts, PROTOCOLS[args.protocol], limit)
     journal = Journal(output, asked, rank)
     with journal.kept_on_interrupt(len(images), "images"):
         answers = ask(model, prompts, limit, args.batch_size, journal)

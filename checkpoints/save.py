@@ -22,7 +22,7 @@ OWN_FILES = {name: None for name in (
     "tokenizer.model", "metrics.jsonl", "training.svg", "model.safetensors", "*.partial")}
 OWN_FILES["vision_tower"] = {name: None for name in (
     "config.json", "preprocessor_config.json", "model.safetensors")}
-RESULTS = {"pope": "*"}
+RESULTS = {"pope": "*", "chair": "*", "shr": "*"}
 
 
 def check_output_folder(folder):

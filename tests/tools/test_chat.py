@@ -19,8 +19,8 @@ from conftest import ROOT, shell, succeeds
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
 from data import EOS, IMAGE_ID, Tokenizer
+from evals.sampling import Conversation, Sampling
 from tools.chat import Chat, main, tails
-from tools.sampling import Conversation, Sampling
 
 QUESTION = "Is there a dog in the image?"
 CHAT = "python", "-m", "tools.chat"

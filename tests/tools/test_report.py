@@ -45,9 +45,9 @@ def random_heads(base):
     return heads
 
 
-def make_page(world, folder):
+def make_page(world, folder, described=None):
     """A page about a base and three random heads, one of them named and speaking as badly as can
-    be.
+    be. `described`: descriptions for it.
     """
     model, rng = load_base(world.base), random.Random(0)
     model.heads |= random_heads(model)
@@ -61,7 +61,7 @@ def make_page(world, folder):
     images = os.path.join(world.coco, "val2014")
     evaluation = Evaluation(model, "hadpo", images, questions, answers, metrics)
     path = str(folder / "report.html")
-    write_report(path, evaluation)
+    write_report(path, evaluation, described)
     with open(path, encoding="utf-8") as file:
         text = file.read()
     data = r'<script type="application/json" id="data">(.*?)</script>'
@@ -310,7 +310,7 @@ def test_full_size_stays_below_ten_megabytes(tmp_path, made):
                  for n, r in enumerate(shown)}
     model = Namespace(config=LlavaConfig())
     evaluation = Evaluation(model, "hadpo", str(tmp_path), questions, answers, metrics)
-    text = page(records, shown, pictures, attention, evaluation)
+    text = page(records, (shown, pictures), attention, evaluation)
     print(f"{len(shown)} questions about {len(pictures)} images, {len(text) / 1e6:.2f} MB; a map "
           f"{len(maps[0]['map'])}, a picture {np.mean([len(p) for p in pictures.values()]):.0f} "
           "characters")
