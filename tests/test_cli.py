@@ -9,11 +9,11 @@ import os
 import re
 import shlex
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import pytest
-from conftest import ROOT, dpo_flags, load_json, shell, succeeds
+from conftest import dpo_flags, load_json
+from programs import ROOT, shell, succeeds
 
 TINY = ["--tiny_sizes", '{"sft": 64, "preference": 24, "validation": 2, "evaluation": 6}',
         "--tiny_tower", '{"images": 64, "epochs": 1}', "--tiny_base_steps", 3, "--max_steps", 3]
@@ -190,7 +190,7 @@ MISTAKES = {  # what: (program and flags that differ from right ones, what the e
 
 @pytest.fixture(scope="module")
 def answered(world, bad, tmp_path_factory):
-    """All of them, two at a time, each in an empty folder → {what: (finished process, folder)}"""
+    """All of them, each in an empty folder → {what: (finished process, folder)}"""
     flags = dpo_flags(world)
     names = [flag.removeprefix("--") for flag in flags[::2]]
     right = {"train": dict(zip(names, flags[1::2], strict=True)) | {"stage": 1},
@@ -208,8 +208,7 @@ def answered(world, bad, tmp_path_factory):
         cwd = tmp_path_factory.mktemp("mistake")
         return what, (shell("python", *command, "--output_dir", "result", cwd=cwd), cwd)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(run, MISTAKES))
+    return dict(map(run, MISTAKES))
 
 
 @pytest.mark.parametrize("what", MISTAKES)

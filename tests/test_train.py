@@ -11,7 +11,8 @@ from glob import glob
 import numpy as np
 import pytest
 import torch
-from conftest import dpo_flags, largest_difference, load_json, run_train, succeeds
+from conftest import dpo_flags, largest_difference, load_json, run_train
+from programs import succeeds
 from safetensors.torch import save_file
 from short_runs import (
     STEPS,

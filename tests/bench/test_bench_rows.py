@@ -1,7 +1,7 @@
 """bench/bench_rows.py runs, and its table has a row for each size."""
 import re
 
-from conftest import succeeds
+from programs import succeeds
 
 
 def test_bench_rows_runs():

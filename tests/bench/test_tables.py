@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_json
+from conftest import load_json
+from programs import ROOT
 
 import eval_pope
 import train

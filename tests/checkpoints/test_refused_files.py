@@ -9,7 +9,8 @@ import struct
 
 import pytest
 import torch
-from conftest import load_json, shell
+from conftest import load_json
+from programs import shell
 from public_checkpoints import PublicCheckpoints, agrees, as_bin, edit, variant_of
 from safetensors.torch import load_file, save_file
 

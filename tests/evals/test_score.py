@@ -8,7 +8,8 @@ import os
 import random
 
 import pytest
-from conftest import largest_difference, shell, succeeds
+from conftest import largest_difference
+from programs import shell, succeeds
 from test_pope import POPE, counted, made_up_answer
 
 from eval_pope import SPLITS

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from programs import ROOT
 
 from support import common
 from support.common import InputError, can_use_gpu

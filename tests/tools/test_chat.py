@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, shell, succeeds
+from programs import ROOT, shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained

@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, largest_difference, preference_rows, shake, succeeds
+from conftest import largest_difference, preference_rows, shake
+from programs import ROOT, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained

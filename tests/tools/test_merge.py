@@ -3,7 +3,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import largest_difference, shake, shell, succeeds
+from conftest import largest_difference, shake
+from programs import shell, succeeds
 from public_checkpoints import PublicCheckpoints, agrees, prompts
 
 from checkpoints.load import checkpoint_type, load_base, load_trained

@@ -4,8 +4,9 @@ import re
 import xml.etree.ElementTree as xml
 
 import pytest
-from conftest import ROOT, largest_difference, shell, succeeds
+from conftest import largest_difference
 from drawings import SVG, dots_of, is_dashed, lines_of, panels, path_points, place_of, write_run
+from programs import ROOT, shell, succeeds
 
 from eval_pope import leans
 from post_decoder import VARIANTS, BlockConfig

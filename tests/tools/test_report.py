@@ -14,8 +14,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, largest_difference, load_json, shake, shell, succeeds
+from conftest import largest_difference, load_json, shake
 from PIL import Image
+from programs import ROOT, shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
