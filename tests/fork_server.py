@@ -30,6 +30,7 @@ import PIL.Image  # noqa: F401
 import safetensors.torch  # noqa: F401
 import sentencepiece  # noqa: F401
 import torch
+import torch._dynamo
 import tqdm  # noqa: F401
 
 from bench.ending import ending, leave

@@ -297,9 +297,9 @@ def test_every_moment_of_a_save(world, tmp_path, monkeypatch, in_this_process):
 
 def test_ctrl_c_typed(world, tmp_path, capsys, in_this_process):
     """The process says how to go on, and leaves with 130; what it says, typed, does go on."""
-    run_train(*flags_of(world, "kept features", tmp_path / "whole", "--max_steps", 400))
+    run_train(*flags_of(world, "kept features", tmp_path / "whole", "--max_steps", 200))
     log = tmp_path / "cut.run" / "metrics.jsonl"
-    process = Begun(TRAIN, *flags_of(world, "kept features", tmp_path / "cut", "--max_steps", 400,
+    process = Begun(TRAIN, *flags_of(world, "kept features", tmp_path / "cut", "--max_steps", 200,
                               "--dataloader_num_workers", 1))
     written = wait_for(process, lambda: os.path.isfile(log) and os.path.getsize(log) > 1000)
     assert written, process.output.read()
