@@ -7,12 +7,14 @@ loop below and becomes the program, with the argv, the working folder, the envir
 of the request. Nothing of another program is in it: this process only imports, and nothing of ours
 that a program uses, so that each imports our modules itself.
 
-A request is JSON with four files: stdin, stdout, stderr, and the pipe that gets the program's pid
-and, at its end, its exit code (negative: the signal that ended it).
+A request is JSON, with four files: stdin, stdout, stderr, and the pipe that gets the program's pid
+and, at its end, its exit code (negative: the signal that ended it). It may name more modules of
+others, which are then imported here.
 """
 import atexit
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -45,10 +47,13 @@ def serve(control):
         message, files, _, _ = socket.recv_fds(control, LARGEST, 4)
         if not message:
             break
+        request = json.loads(message)
+        for name in request["imports"]:
+            importlib.import_module(name)
         pid = os.fork()
         if not pid:
             control.close()
-            request = watch(json.loads(message), *files)
+            request = watch(request, *files)
             if request:
                 return request
             os._exit(0)

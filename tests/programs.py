@@ -2,11 +2,12 @@
 
     said = succeeds("python", "eval_pope.py", base, cwd=folder)         # its stdout
     done = shell("python", "-m", "tools.merge", base, cwd=folder)       # as subprocess.run's
-    said = succeeds("deepspeed", "train.py", "--stage", 2)              # the launcher itself
+    said = succeeds("deepspeed", "train.py", "--stage", 2)              # the launcher forked
     done = shell("python", "train.py", fresh=True)                      # Python itself is started
 
-A start of Python takes three seconds for its imports, so `python` is forked from a process that has
-made them (fork_server.py), unless `fresh` is asked for. Launchers are always started.
+A start of Python takes three seconds for its imports, so what is typed is forked from a process
+that has made them (fork_server.py), unless `fresh` is asked for. What a launcher starts is always
+fresh.
 """
 import json
 import os
@@ -74,14 +75,14 @@ SERVER = ForkServer()
 class Forked:
     """A forked program, with the part of subprocess.Popen that the tests use.
 
-    `command` is what stands behind `python`; files are open files.
+    `command` is what stands behind `python`; `files` are its stdin, stdout and stderr.
     """
 
-    def __init__(self, command, cwd, environment, stdin, stdout, stderr):
+    def __init__(self, command, cwd, environment, imports, files):
         ends, told = os.pipe()
         request = {"command": [str(word) for word in command], "cwd": str(cwd),
-                   "environment": environment}
-        SERVER.send(request, [stdin.fileno(), stdout.fileno(), stderr.fileno(), told])
+                   "environment": environment, "imports": imports}
+        SERVER.send(request, [*(file.fileno() for file in files), told])
         os.close(told)
         self.told, self.returncode = os.fdopen(ends, "rb", buffering=0), None
         pid = self.told.readline()
@@ -108,11 +109,12 @@ class Forked:
 class Begun(Forked):
     """A forked program that is not waited for. It prints into one pipe: `output`, text."""
 
-    def __init__(self, *command, cwd=ROOT, **environment):
+    def __init__(self, *command, cwd=ROOT, imports=(), **environment):
         reader, writer = os.pipe()
         self.output = os.fdopen(reader, encoding="utf-8")
         with open(os.devnull) as nothing, os.fdopen(writer, "w") as both:
-            super().__init__(command, cwd, user_environment(**environment), nothing, both, both)
+            super().__init__(command, cwd, user_environment(**environment), imports,
+                             (nothing, both, both))
 
     def end(self):
         """Wait for it → what it said that has not been read yet. Killed when it hangs."""
@@ -124,13 +126,13 @@ class Begun(Forked):
         return said
 
 
-def run_forked(command, cwd, environment, typed):
+def run_forked(command, cwd, environment, imports, typed):
     """A forked program from its beginning to its end → as subprocess.run's."""
     with (tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout,
           tempfile.TemporaryFile() as stderr):
         stdin.write(typed)
         stdin.seek(0)
-        process = Forked(command, cwd, environment, stdin, stdout, stderr)
+        process = Forked(command, cwd, environment, imports, (stdin, stdout, stderr))
         if process.wait() is None:
             process.kill()
             raise TimeoutError(f"{command}: still runs after {LIMIT} s")
@@ -143,22 +145,23 @@ def run_forked(command, cwd, environment, typed):
 # ---- Typed ---------------------------------------------------------------------------------------
 
 
-def shell(*command, cwd=ROOT, fresh=False, typed=b"", **environment):
+def shell(*command, cwd=ROOT, fresh=False, typed=b"", imports=(), **environment):
     """Type a command → what subprocess.run returns.
 
     `python`, `deepspeed` and `torchrun` are this environment's. fresh: Python itself is started.
-    typed: what the command reads. More variables of the environment can be given.
+    typed: what the command reads. imports: modules of others that many of its kind need. More
+    variables of the environment can be given.
     """
     environment = user_environment(**environment)
     program, *rest = map(str, command)
-    if program == "python" and not fresh:
-        return run_forked(rest, cwd, environment, typed)
     port = environment["MASTER_PORT"]
     deepspeed = shutil.which("deepspeed", path=environment["PATH"]) or "deepspeed"
-    programs = {"python": [sys.executable],
-                "torchrun": [sys.executable, "-m", "torch.distributed.run", "--master_port", port],
-                "deepspeed": [deepspeed, "--master_port", port]}
-    done = subprocess.run([*programs[program], *rest], cwd=cwd, env=environment, input=typed,
+    programs = {"python": [], "deepspeed": [deepspeed, "--master_port", port],
+                "torchrun": ["-m", "torch.distributed.run", "--master_port", port]}
+    words = [*programs[program], *rest]
+    if not fresh:
+        return run_forked(words, cwd, environment, imports, typed)
+    done = subprocess.run([sys.executable, *words], cwd=cwd, env=environment, input=typed,
                           capture_output=True, timeout=LIMIT)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(),
                                        done.stderr.decode())
@@ -173,15 +176,15 @@ def succeeds(*command, **options):
 
 
 class TwoProcesses:
-    """Two processes of train.py that train together, as a launcher starts them: `two(*flags)`."""
+    """Two processes of a program that work together, as a launcher starts them: `two(*flags)`."""
 
-    def __init__(self):
-        self.processes = []
+    def __init__(self, script="train.py", imports=()):
+        self.script, self.imports, self.processes = script, imports, []
 
     def begin(self, *flags):
         both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-        self.processes = [Begun("train.py", *flags, **both, RANK=rank, LOCAL_RANK=rank)
-                          for rank in ("0", "1")]
+        self.processes = [Begun(self.script, *flags, imports=self.imports, **both, RANK=rank,
+                                LOCAL_RANK=rank) for rank in ("0", "1")]
 
     def end(self):
         """Wait for both → (exit code, what it said) of each."""

@@ -22,9 +22,12 @@ TRAIN, EVAL = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "eval_pope.py")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Stage 1 and stage 2 in an empty folder → (folder, what each run printed)."""
+    """Stage 1 and stage 2 in an empty folder, by DeepSpeed's launcher, on one process and on two
+    → (folder, what each run printed).
+    """
     folder = tmp_path_factory.mktemp("user")
-    said = [succeeds("deepspeed", TRAIN, "--stage", stage, *TINY, cwd=folder) for stage in (1, 2)]
+    said = [succeeds("deepspeed", "--num_gpus", stage, TRAIN, "--stage", stage, *TINY, cwd=folder,
+                     fresh=stage == 1) for stage in (1, 2)]
     return folder, said
 
 
@@ -43,7 +46,7 @@ def evaluated(trained):
     assert {"out/base/", "out/features/", "out/stage1/", "out/stage2/", "out/world/"} < set(beside)
     command = [EVAL, *beside, "--max_new_tokens", 12]
     two = ["torchrun", "--nproc_per_node", 2, *command, "--output_dir", "two", "--batch_size", 2]
-    return (succeeds("python", *command, "--output_dir", "one", cwd=folder),
+    return (succeeds("python", *command, "--output_dir", "one", cwd=folder, fresh=True),
             succeeds(*two, cwd=folder))
 
 

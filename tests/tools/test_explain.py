@@ -224,7 +224,7 @@ def test_command_line(world, tmp_path, monkeypatch):
     cure.
     """
     monkeypatch.setenv("PYTHONPATH", ROOT)
-    said = succeeds("python", "-m", "tools.explain", cwd=tmp_path)
+    said = succeeds("python", "-m", "tools.explain", cwd=tmp_path, fresh=True)
     assert "a random model" in said.splitlines()[0] and "= ln 2" in said
     assert os.listdir(tmp_path) == []
     (tmp_path / "adapter_config.json").write_text("{}")

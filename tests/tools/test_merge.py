@@ -45,7 +45,7 @@ def public(world, tmp_path_factory):
 
 
 def test_merge_of_an_hf_base_and_an_adapter(public, tmp_path):
-    succeeds(*MERGE, public.hf, tmp_path / "llava")
+    succeeds(*MERGE, public.hf, tmp_path / "llava", fresh=True)
     agrees("HF to LLaVA", public.expected, tmp_path / "llava")
     adapter, expected = public.adapted
     succeeds(*MERGE, adapter, tmp_path / "adapted", "--model_name_or_path", public.hf)

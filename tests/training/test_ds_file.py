@@ -10,7 +10,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -378,12 +377,8 @@ def test_a_port_in_use(world, tmp_path):
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = str(holder.getsockname()[1])
-        environment = {name: value for name, value in os.environ.items()
-                       if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        typed = [os.path.join(ROOT, "train.py"), "--output_dir", str(tmp_path / "out"),
-                 *dpo_flags(world)]
-        done = subprocess.run([sys.executable, *typed], capture_output=True, text=True, timeout=200,
-                              cwd=tmp_path, env=environment | {"MASTER_PORT": port})
+        done = shell("python", os.path.join(ROOT, "train.py"), "--output_dir", tmp_path / "out",
+                     *dpo_flags(world), cwd=tmp_path, MASTER_PORT=port)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     print(done.stderr[-3000:])
     assert done.returncode == 1 and "Traceback" not in done.stderr
