@@ -22,8 +22,9 @@ from dataclasses import dataclass
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # the same bytes on every machine
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["MASTER_PORT"] = "0"                     # each takes a free one
-import deepspeed  # noqa: F401  (so that no forked process imports it)
+import deepspeed  # noqa: F401  (so that no forked process imports these two)
 import torch
+import torch._dynamo  # noqa: F401
 
 import eval_pope
 import train

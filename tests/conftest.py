@@ -31,6 +31,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)        # everything here is too small to be worth a second one
 
 
+# The files that take longest, which begin first: several processes then end at the same time.
+SLOW = ("test_cli", "test_bench", "test_engine", "test_resume", "test_train", "test_prepare",
+        "test_packed", "test_chat", "test_lora", "test_load", "test_merge", "test_faults",
+        "test_pitfalls", "test_report", "test_out_of_memory", "test_kept_files", "test_plots")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False      # or pytest-xdist has an order of its own
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 # ---- Numbers and modules -------------------------------------------------------------------------
 
 
