@@ -130,11 +130,18 @@ def world(tmp_path_factory):
     config = small_config(vocab_size=len(tokenizer))
     trunk, head = Trunk(config), Head(config)
     save_base(base, Llava(shake(trunk), {"base": shake(head)}, tokenizer, None, ""))
-    return SimpleNamespace(
+    before = files_below(root)
+    yield SimpleNamespace(
         folder=folder, base=base, tokenizer=f"{folder}/tokenizer.model", vg=f"{folder}/VG",
         coco=f"{folder}/coco", pope=f"{folder}/pope", desc=f"{folder}/hadpo/desc_data.json",
         pairs=f"{folder}/hadpo/pope_data.json", llava=f"{folder}/llava/train.json",
         images=f"{folder}/llava/images")
+    assert files_below(root) == before, "a test has written into the session's world or base"
+
+
+def files_below(folder):
+    """{path: (size, time of the last change)}"""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ import types
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"        # or DeepSpeed warns that it found none
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 import numpy
 import PIL.Image  # noqa: F401
 import safetensors.torch  # noqa: F401
@@ -38,6 +38,8 @@ import tqdm  # noqa: F401
 from bench.ending import ending, leave
 
 LARGEST = 1 << 20       # bytes of a request
+# Places of PYTHONPATH in sys.path, behind the first.
+OWN = len(list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))))
 
 
 def serve(control):
@@ -104,8 +106,8 @@ def become(request):
     script, *rest = request["command"]
     is_module = script == "-m"
     beside = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:1] = [os.getcwd() if is_module else os.path.dirname(os.path.abspath(script)),
-                    *(os.path.abspath(path) for path in beside if path)]
+    sys.path[:1 + OWN] = [os.getcwd() if is_module else os.path.dirname(os.path.abspath(script)),
+                          *(os.path.abspath(path) for path in beside if path)]
     sys.argv = request["command"][is_module:]
     if is_module:
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
