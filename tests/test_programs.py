@@ -24,7 +24,7 @@ ENDS = {  # a program → its exit code
     "import os; os._exit(7)": 7,
     "import atexit; atexit.register(print, 'at the end'); 1 / 0": 1,
     "import threading, time\n"
-    "threading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()": 0,
+    "threading.Thread(target=lambda: (time.sleep(1), print('late'))).start()": 0,
     "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)": 0,
     "import signal; signal.raise_signal(signal.SIGINT)": -signal.SIGINT,
     "import sys; print(sys.stdin.read().upper(), end='')": 0,
