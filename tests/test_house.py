@@ -10,7 +10,7 @@ import subprocess
 from fnmatch import fnmatch
 
 import pytest
-from conftest import ROOT
+from programs import ROOT
 
 CORE = ("model", "clip_vit", "llama", "post_decoder", "dpo", "data", "train", "eval_pope")
 BESIDE_CORE = ("README*", "LICENSE", "pyproject.toml", "requirements*.txt", "ds_zero3.json",

@@ -14,7 +14,8 @@ from glob import glob
 
 import pytest
 import torch
-from conftest import ROOT, dpo_flags, preference_rows, run_train, small_config, succeeds
+from conftest import dpo_flags, preference_rows, run_train, small_config
+from programs import ROOT, succeeds
 from short_runs import zero_file
 
 import train

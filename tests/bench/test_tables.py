@@ -2,12 +2,14 @@
 of its own answers.
 """
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_json
+from conftest import load_json
+from programs import ROOT
 
 import eval_pope
 import train
@@ -46,8 +48,8 @@ def seed(world, tmp_path, in_this_process, monkeypatch):
     monkeypatch.setattr(tables, "run", run)
     folder = tmp_path / "seed42"
     folder.mkdir()
-    for name, path in (("world", world.folder), ("base", world.base)):
-        (folder / name).symlink_to(path)
+    shutil.copytree(world.folder, folder / "world")         # its preference data are made anew
+    (folder / "base").symlink_to(world.base)
     return folder
 
 

@@ -8,17 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    as_llava,
-    dpo_flags,
-    largest_difference,
-    load_json,
-    shake,
-    shell,
-    small_llava,
-    succeeds,
-)
+from conftest import as_llava, dpo_flags, largest_difference, load_json, shake, small_llava
+from programs import ROOT, shell, succeeds
 from public_checkpoints import PublicCheckpoints, agrees, as_bin, edit
 from safetensors.torch import load_file, save_file
 

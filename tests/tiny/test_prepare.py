@@ -15,7 +15,7 @@ from short_runs import logged, read_bytes
 
 import train
 from support.common import InputError
-from tiny import prepare
+from tiny import prepare, tower
 from training.flags import parse_flags
 
 SIZES = ["--tiny_sizes", '{"sft": 48, "preference": 16, "validation": 2, "evaluation": 6}',
@@ -35,6 +35,14 @@ def main(monkeypatch, in_this_process):
         train.main()
 
     return typed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    """The tower's own score, which is only printed, is of 2000 pictures otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tower, "TEST_IMAGES", 200)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_json
+from conftest import load_json
+from programs import ROOT
 from short_runs import read_bytes
 
 import eval_pope

@@ -14,8 +14,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, largest_difference, load_json, shake, shell, succeeds
+from conftest import largest_difference, load_json, shake
 from PIL import Image
+from programs import ROOT, shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
@@ -328,7 +329,7 @@ def test_typed_by_a_user(made, world, tmp_path, monkeypatch):
     save_trained(str(tmp_path / "after"), head.state_dict(), info, made.model.tokenizer)
     command = ["python", "-m", "tools.report", "after", "--coco_path", world.coco,
                "--pope_path", world.pope, "--max_new_tokens", 3, "--output"]
-    said = succeeds(*command, "page.html", cwd=tmp_path)
+    said = succeeds(*command, "page.html", cwd=tmp_path, fresh=True)
     assert re.search(r"page.html: (\d+) of \1 questions to look at, 0.\d MB", said)
     metrics = load_json(tmp_path / "after" / "pope" / "metrics.json")
     assert metrics["checkpoints"] == {"after": "after"}

@@ -10,15 +10,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    dpo_flags,
-    largest_difference,
-    load_json,
-    preference_rows,
-    run_train,
-    succeeds,
-)
+from conftest import dpo_flags, largest_difference, load_json, preference_rows, run_train
+from programs import ROOT, succeeds
 from safetensors.torch import load_file
 from short_runs import SOME, logged, losses_of, zero_file
 
