@@ -49,6 +49,7 @@ from support.outputs import Journal, check_output_folder, digest, gathered, writ
 from support.questions import SPLITS, find_images, question_files, read_pope
 from tiny.prepare import world_beside
 from training.guards import long_rows
+from training.originals import pope_arguments
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,7 @@ def flags(description):
 
 
 def main():
-    evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args())
+    evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args(pope_arguments()))
     if evaluation:                      # it is on rank 0 only
         evaluation.journal.remove()
     if dist.is_initialized():

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 
 from checkpoints.load import is_trained
 from checkpoints.save import check_output_folder
@@ -18,6 +19,7 @@ from post_decoder import VARIANTS
 from support.common import InputError, Number
 from support.loading import spare_cores
 from training.blocks import resolve_block
+from training.originals import train_arguments
 from training.picture import read_run
 
 # Defaults with a real model: LLaVA's for supervised training of the trunk (0), the training notes'
@@ -42,6 +44,7 @@ def parse_flags(argv=None):
     """The command line → Namespace with every default filled in. InputError where flags
     conflict.
     """
+    argv = train_arguments(sys.argv[1:] if argv is None else argv)
     args = declare_flags().parse_args(argv)
     resolve_flags(args)
     look_at_the_disk(args)
