@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall wh
 import numpy as np
 import torch.distributed as dist
 
-from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all
+from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all, weights_of
 from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from model import Llava, answer
 from support.common import (
@@ -62,7 +62,6 @@ class Protocol:
 PROTOCOLS = {
     "hadpo": Protocol(SYSTEM_HADPO_EVAL, "", 512),
     "llava": Protocol(SYSTEM, "\nAnswer the question using a single word or phrase.", 128)}
-CONFIGS = "config.json", "adapter_config.json"
 COLUMNS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
            "yes_ratio": "yes ratio", "tp": "TP", "fp": "FP", "tn": "TN", "fn": "FN", "auc": "AUC",
            "best_threshold": "best threshold"}
@@ -87,15 +86,6 @@ def open_prompts(model, questions, image_folder, protocol):
 
 
 # ---- Answers -------------------------------------------------------------------------------------
-
-
-def weights_of(path):
-    """{name: digest} of the files that make a trained checkpoint or an adapter what it is."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = [os.path.join(path, name) for name in os.listdir(path)
-                 if name.endswith((".safetensors", ".bin")) or name in CONFIGS]
-    return {os.path.basename(path): file_digest(path) for path in paths}
 
 
 def identity(model, checkpoints, prompts, protocol, max_new_tokens):

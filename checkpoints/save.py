@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import asdict
 
+from checkpoints.hub import is_name
 from checkpoints.layouts import OURS, TRAINED_FILE
 from llama import LINEARS
 from support.common import InputError, read_json, say, write_json
@@ -100,8 +101,11 @@ def adapter_config(info):
     `target_modules` is a pattern of LLaMA's layers, because CLIP's linears have the same names.
     """
     arguments = info["arguments"]
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": info["base"], "inference_mode": True,
+    base = {"base_model_name_or_path": info["base"]}
+    if info["base"] and is_name(info["base"]):          # of the hub: OWNER/NAME@REVISION
+        base["base_model_name_or_path"], _, base["revision"] = info["base"].partition("@")
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", **base,
+            "inference_mode": True,
             "r": arguments["lora_r"], "lora_alpha": arguments["lora_alpha"],
             "lora_dropout": arguments["lora_dropout"], "bias": "none",
             "fan_in_fan_out": False, "modules_to_save": None,

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 
+from checkpoints.hub import pinned
 from checkpoints.load import is_trained
 from checkpoints.save import check_output_folder
 from model import GROUPS, STAGES, TRUNK
@@ -242,6 +243,8 @@ def look_at_the_disk(args):
                              f"--loss {args.loss} needs " + ", ".join(f"--{n}" for n in needed))
         if not os.path.exists(path):
             raise InputError(f"--{name} {path}: no such file or folder")
+    for name in ("model_name_or_path", "vision_tower", "init"):     # the hub's, with the revision
+        setattr(args, name, pinned(getattr(args, name)))
     if not tiny and is_trained(args.model_name_or_path):
         raise InputError(f"--model_name_or_path {args.model_name_or_path}: is no whole model, but "
                          "what was trained of one; name its base here (and it with --init), or "
