@@ -66,6 +66,7 @@ from training.guards import Guards, warn_of_cut_rows
 from training.log import StepLog, announce, mean_of_all_ranks
 from training.lora import add_lora
 from training.picture import draw_training
+from training.preferences import read_preferences
 from training.reference import reference_logps
 from training.resume import (
     Interruptions,
@@ -116,6 +117,8 @@ def train(args):
     # The data.
     if args.loss == "sft":
         examples = read_llava(args.data_path, args.image_folder)
+    elif args.preference_data:
+        examples = read_preferences(args.preference_data, args.image_folder)
     else:
         examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path,
                               args.keep_correct, args.seed)

@@ -33,7 +33,8 @@ TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup
         1: dict(learning_rate=[2e-3], num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
 TINY |= {2: TINY[1] | dict(learning_rate=[1e-3]),
          "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1)}
-FILES = ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder")
+FILES = ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "preference_data",
+         "data_path", "image_folder")
 # The tiny world's own folders, beside --output_dir. Its base follows from SIZES; RUNNING does not
 # change a result.
 TINY_FOLDERS = ("world", "untrained", "base", "features")
@@ -122,10 +123,13 @@ def declare_flags():
     group.add_argument("--vg_path", help="Visual Genome: image_data.json, VG_100K, VG_100K_2")
     group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json")
     group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
+    group.add_argument("--preference_data", nargs="+", metavar="FILE",
+                       help="in place of HA-DPO's three: pairs in RLHF-V's, TRL's, LLaMA-Factory's "
+                            "or ms-swift's form, in JSON or parquet")
     group.add_argument("--keep_correct", action=boolean,
                        help="use also POPE rows that the base answered right")
     group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
-    group.add_argument("--image_folder", default="", help="its images")
+    group.add_argument("--image_folder", default="", help="the images of either")
     group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs "
                                                 "read neither weights nor images")
 
@@ -236,13 +240,20 @@ def look_at_the_disk(args):
                              f"is the tiny world's own; name the base, or leave --{name} out")
     sft = args.loss == "sft"
     needed = ("data_path",) if sft else ("vg_path", "desc_data_path", "pope_data_path")
+    if args.preference_data:
+        other = next((name for name in ("data_path", *needed) if getattr(args, name)), None)
+        if other or sft:
+            raise InputError("--preference_data: is the data of --loss dpo, ipo and hinge; leave "
+                             f"--{other or 'loss sft'} out")
+        needed = ("preference_data",)
     for name in () if tiny else needed:
-        path = getattr(args, name)
-        if not path:
+        paths = getattr(args, name)
+        if not paths:
             raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) "
                              f"--loss {args.loss} needs " + ", ".join(f"--{n}" for n in needed))
-        if not os.path.exists(path):
-            raise InputError(f"--{name} {path}: no such file or folder")
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not os.path.exists(path):
+                raise InputError(f"--{name} {path}: no such file or folder")
     for name in ("model_name_or_path", "vision_tower", "init"):     # the hub's, with the revision
         setattr(args, name, pinned(getattr(args, name)))
     if not tiny and is_trained(args.model_name_or_path):
