@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall wh
 import numpy as np
 import torch.distributed as dist
 
+from checkpoints.card import add_pope
 from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all, weights_of
 from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from model import Llava, answer
@@ -301,6 +302,8 @@ def write_answers(folder, evaluation, checkpoints):
               "checkpoints": dict(zip(names, folders, strict=True)), "metrics": evaluation.metrics}
     write_text(os.path.join(folder, "metrics.json"),
                json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    for path in folders:
+        add_pope(path, f"Protocol `{evaluation.protocol}`.\n{table(evaluation.metrics)}\n")
     print(f"\nanswers and metrics.json: {folder}")
 
 

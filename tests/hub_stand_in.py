@@ -19,8 +19,10 @@ from urllib.parse import unquote, urlparse
 
 from conftest import ROOT
 
-OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME",
-                     "HF_HUB_CACHE", "HF_TOKEN")
+# Of this process, which a program of ours must not inherit.
+OWN_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE",
+                 "HF_TOKEN", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                 "DS_ACCELERATOR")
 
 
 def commit_of(name):
@@ -50,6 +52,7 @@ class StandIn:
 
     def __init__(self, repositories, cache):
         self.repositories, self.cache, self.asked, self.uploaded = repositories, cache, [], {}
+        self.refuses = False            # whatever somebody would write
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
@@ -68,7 +71,7 @@ class StandIn:
     def run(self, *command, cwd, **variables):
         """Start Python with `command` in a folder → what subprocess.run returns."""
         environment = {name: value for name, value in os.environ.items()
-                       if name not in OFFLINE_VARIABLES}
+                       if name not in OWN_VARIABLES}
         environment |= {"HF_ENDPOINT": self.address, "HF_HUB_CACHE": str(self.cache),
                         "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1",
                         **variables}
@@ -126,6 +129,8 @@ class Answers(BaseHTTPRequestHandler):
         hub.asked.append(f"POST {path}")
         body = self.rfile.read(int(self.headers["Content-Length"]))
         parts = path.strip("/").split("/")
+        if hub.refuses:
+            return self.answer(401, {"error": "Invalid username or password."})
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"

@@ -57,13 +57,13 @@ def test_what_is_read_of_a_repository():
     shards = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
     llava = ["README.md", "config.json", "generation_config.json", "mm_projector.bin", *shards,
              "pytorch_model.bin.index.json", "tokenizer.model", "tokenizer_config.json"]
-    assert sorted(files_read(llava)) == ["config.json", "mm_projector.bin", *shards,
+    assert sorted(files_read(llava)) == ["README.md", "config.json", "mm_projector.bin", *shards,
                                          "pytorch_model.bin.index.json", "tokenizer.model"]
     both = [*llava, "model.safetensors.index.json", "model-00001-of-00001.safetensors"]
     assert not any("pytorch_model" in name for name in files_read(both))
     adapter = ["adapter_config.json", "adapter_model.bin", "config.json", "README.md",
                "non_lora_trainables.bin"]
-    assert sorted(files_read(adapter)) == sorted(set(adapter) - {"README.md"})
+    assert sorted(files_read(adapter)) == sorted(adapter)
     assert files_read(["README.md", "data.json"]) == []
     assert files_read(llava)[-1] == "config.json"
 
@@ -91,9 +91,9 @@ def test_only_what_is_read_is_downloaded(world, repositories, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         got = {line.split("/resolve/")[1].partition("/")[2] for line in server.asked
                if line.startswith("GET") and "/resolve/" in line}
-        assert got == {"config.json", "model.safetensors", "tokenizer.model",
+        assert got == {"README.md", "config.json", "model.safetensors", "tokenizer.model",
                        "preprocessor_config.json"}
-        assert re.search(rf"{BASE}: 3 files, 0.00 GB, from {server.address}", done.stdout)
+        assert re.search(rf"{BASE}: 4 files, 0.00 GB, from {server.address}", done.stdout)
         server.asked.clear()
         done = server.run(*ask(world, "out/one"), cwd=tmp_path, HF_HUB_OFFLINE="1")
         assert done.returncode == 0, done.stderr[-2000:]
