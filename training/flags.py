@@ -20,6 +20,7 @@ from post_decoder import VARIANTS
 from support.common import InputError, Number
 from support.loading import spare_cores
 from training.blocks import resolve_block
+from training.monitors import REPORTS
 from training.originals import train_arguments
 from training.picture import read_run
 
@@ -167,6 +168,11 @@ def declare_flags():
     group.add_argument("--resume", action="store_true",
                        help="go on from the last saved state in OUTPUT_DIR.run")
     group.add_argument("--logging_steps", type=whole("--logging_steps", above=0), default=1)
+    group.add_argument("--report_to", nargs="+", choices=["none", *REPORTS],
+                       help="also write the steps' numbers there; default: as the DeepSpeed file "
+                            "says")
+    group.add_argument("--run_name", help="of the run in --report_to's; default: the output "
+                                          "folder's name")
     group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
                        help="metrics.jsonl of other runs, drawn with this one's in "
                             "OUTPUT_DIR/training.svg")
@@ -223,7 +229,7 @@ def is_tiny_base(args):
     """
     plain = vars(declare_flags().parse_args(["--stage", "0"]))
     typed = {name for name, value in vars(args).items() if value != plain[name]}
-    return typed <= {"output_dir", *SIZES, *RUNNING}
+    return typed <= {"output_dir", "report_to", "run_name", *SIZES, *RUNNING}
 
 
 def look_at_the_disk(args):
@@ -319,5 +325,7 @@ def combinations(args):
         if len(args.learning_rate) > 1:
             output_dir += f"-{rate:g}"
         changes = dict(block=variant, learning_rate=rate, output_dir=output_dir)
+        if args.run_name:
+            changes["run_name"] = args.run_name + output_dir.removeprefix(args.output_dir)
         runs.append(argparse.Namespace(**vars(args) | changes))
     return runs

@@ -38,7 +38,7 @@ PAIRS = """--model_name_or_path BASE --version v1 --vg_path VG --desc_data_path 
 TALK = "--model_name_or_path BASE --version v1 --data_path TALK --image_folder IMAGES"
 COMMANDS = {        # whose: (the command, what is trained, with which loss)
     "HA-DPO": (f"--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 0 {PAIRS} "
-               f"{SAME}", ("lora",), "dpo"),
+               f"{SAME} --report_to wandb --run_name llava-v1.5", ("lora",), "dpo"),
     "the notes, stage 1": (f"--lora_enable False {PAIRS} --freeze_backbone True "
                            "--tune_mm_mlp_adapter False --tune_post_decoder True "
                            f"--tune_lm_head False {SAME}", ("post_decoder",), "dpo"),
