@@ -10,6 +10,7 @@ monitors.py) the same numbers. Only rank 0 writes.
 import contextlib
 import os
 import shlex
+import sys
 import time
 
 import torch
@@ -82,7 +83,9 @@ def say_what_next(output_dir, folders):
     """The last line: how to evaluate what a command has trained."""
     world = os.path.join(os.path.dirname(output_dir), "world")
     files = "" if os.path.isdir(world) else " --coco_path … --pope_path …"
-    say(f"done; look at it with: {shlex.join(['python', 'eval_pope.py', *folders])}{files}")
+    installed = os.path.basename(sys.argv[0]).startswith("nanohadpo-")
+    program = ["nanohadpo-pope"] if installed else ["python", "eval_pope.py"]
+    say(f"done; look at it with: {shlex.join([*program, *folders])}{files}")
 
 
 def mean_of_all_ranks(seen):

@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import netrc
 import os
-from urllib.parse import urlparse
 
 from support.common import InputError
 from training.ds_file import MONITORS
@@ -58,7 +57,8 @@ def refuse_without_login():
     """W&B asks for its key in the middle of a run, or ends in a traceback."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "").lower() in OFFLINE:
         return
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = address.partition("://")[2].partition("/")[0].partition(":")[0]
     paths = os.environ.get("NETRC"), "~/.netrc", "~/_netrc"
     for path in map(os.path.expanduser, filter(None, paths)):
         with contextlib.suppress(OSError, netrc.NetrcParseError):
