@@ -125,6 +125,8 @@ def licence_of(base):
 def code_commit():
     """The commit of this code; "unknown" where it is no git repository."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(root, ".git")):      # installed, perhaps in another's
+        return "unknown"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         said = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], timeout=10,
                               capture_output=True, text=True)
