@@ -64,8 +64,7 @@ class PreferenceFile:
         self.path, self.image_folder = path, image_folder
         self.rows = ParquetRows(path) if is_parquet(path) else JsonRows(path)
         tokens, has_image, images = [], [], {}
-        for i, row in enumerate(progress(self.rows.all(), f"reading {os.path.basename(path)}",
-                                         unit="row")):
+        for i, row in enumerate(self.rows.all()):
             example = self.made(read_pair(row, self.place(i)), i)
             words = [text for turns in example.conversations for turn in turns for text in turn]
             turns = sum(map(len, example.conversations))
@@ -150,7 +149,7 @@ class ParquetRows:
         self.ends = np.cumsum(sizes, dtype=np.int64).tolist()
 
     def all(self):
-        for n in range(len(self.ends)):
+        for n in progress(range(len(self.ends)), "reading rows", unit="group"):
             yield from group_of(self.path, n)
 
     def row(self, i):
