@@ -32,7 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall wh
 import numpy as np
 import torch.distributed as dist
 
-from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all
+from checkpoints.card import add_pope
+from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all, weights_of
 from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from model import Llava, answer
 from support.common import (
@@ -49,6 +50,7 @@ from support.outputs import Journal, check_output_folder, digest, gathered, writ
 from support.questions import SPLITS, find_images, question_files, read_pope
 from tiny.prepare import world_beside
 from training.guards import long_rows
+from training.originals import pope_arguments
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class Protocol:
 PROTOCOLS = {
     "hadpo": Protocol(SYSTEM_HADPO_EVAL, "", 512),
     "llava": Protocol(SYSTEM, "\nAnswer the question using a single word or phrase.", 128)}
-CONFIGS = "config.json", "adapter_config.json"
 COLUMNS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
            "yes_ratio": "yes ratio", "tp": "TP", "fp": "FP", "tn": "TN", "fn": "FN", "auc": "AUC",
            "best_threshold": "best threshold"}
@@ -86,15 +87,6 @@ def open_prompts(model, questions, image_folder, protocol):
 
 
 # ---- Answers -------------------------------------------------------------------------------------
-
-
-def weights_of(path):
-    """{name: digest} of the files that make a trained checkpoint or an adapter what it is."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = [os.path.join(path, name) for name in os.listdir(path)
-                 if name.endswith((".safetensors", ".bin")) or name in CONFIGS]
-    return {os.path.basename(path): file_digest(path) for path in paths}
 
 
 def identity(model, checkpoints, prompts, protocol, max_new_tokens):
@@ -310,6 +302,8 @@ def write_answers(folder, evaluation, checkpoints):
               "checkpoints": dict(zip(names, folders, strict=True)), "metrics": evaluation.metrics}
     write_text(os.path.join(folder, "metrics.json"),
                json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    for path in folders:
+        add_pope(path, f"Protocol `{evaluation.protocol}`.\n{table(evaluation.metrics)}\n")
     print(f"\nanswers and metrics.json: {folder}")
 
 
@@ -338,7 +332,7 @@ def flags(description):
 
 
 def main():
-    evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args())
+    evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args(pope_arguments()))
     if evaluation:                      # it is on rank 0 only
         evaluation.journal.remove()
     if dist.is_initialized():

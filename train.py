@@ -30,7 +30,6 @@ import dataclasses
 import itertools
 import math
 import os
-import shlex
 import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
@@ -63,9 +62,11 @@ from training.engine import (
 from training.features import keep_features, load_trunk
 from training.flags import combinations, parse_flags
 from training.guards import Guards, warn_of_cut_rows
-from training.log import StepLog, announce, mean_of_all_ranks
+from training.log import StepLog, announce, mean_of_all_ranks, say_what_next
 from training.lora import add_lora
+from training.monitors import of_run
 from training.picture import draw_training
+from training.preferences import read_preferences
 from training.reference import reference_logps
 from training.resume import (
     Interruptions,
@@ -116,6 +117,8 @@ def train(args):
     # The data.
     if args.loss == "sft":
         examples = read_llava(args.data_path, args.image_folder)
+    elif args.preference_data:
+        examples = read_preferences(args.preference_data, args.image_folder)
     else:
         examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path,
                               args.keep_correct, args.seed)
@@ -130,7 +133,8 @@ def train(args):
 
     model = load()
     dataset = PackedDataset(examples, model.row_format(), always_image=True)
-    runs = [Run(one, config, model, dataset, device, dtype) for one in combinations(args)]
+    runs = [Run(one, of_run(config, one), model, dataset, device, dtype)
+            for one in combinations(args)]
 
     # Of a command that goes on, the runs that are not finished yet.
     if args.resume:
@@ -336,10 +340,7 @@ def main():
             train(args)
     except torch.OutOfMemoryError as e:
         raise InputError(f"{str(e).splitlines()[0]} {memory_advice(args, config)}") from e
-    folders = [one.output_dir for one in combinations(args)]
-    world = os.path.join(os.path.dirname(args.output_dir), "world")
-    files = "" if os.path.isdir(world) else " --coco_path … --pope_path …"
-    say(f"done; look at it with: {shlex.join(['python', 'eval_pope.py', *folders])}{files}")
+    say_what_next(args.output_dir, [one.output_dir for one in combinations(args)])
     dist.destroy_process_group()
 
 

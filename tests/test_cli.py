@@ -58,7 +58,8 @@ def read_lines(path):
 def test_training_in_an_empty_folder(trained):
     folder, (first, second) = trained
     assert sorted(os.listdir(folder / "out" / "stage1")) == [
-        "config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors", "training.svg"]
+        "README.md", "config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors",
+        "training.svg"]
     for part in ("world", "base", "stage1", "stage2"):
         assert os.path.isdir(folder / "out" / part)
     assert not glob(str(folder / "**" / "*.partial"), recursive=True)

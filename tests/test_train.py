@@ -109,7 +109,7 @@ def test_checkpoint_holds_exactly_what_was_trained(world, runs):
     full = Head(base.config, base.config.block_config())
     expected = {name: p.shape for name, p in full.named_parameters()}
     for name in ("one", "two"):
-        assert sorted(os.listdir(runs / name)) == ["config.json", "metrics.jsonl",
+        assert sorted(os.listdir(runs / name)) == ["README.md", "config.json", "metrics.jsonl",
                                                    "tokenizer.model", "trained.safetensors",
                                                    "training.svg"]
         tensors = trained_tensors(runs / name)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpoints.hub import is_name
 from checkpoints.layouts import typed
 from checkpoints.load import load_base
 from checkpoints.save import save_base
@@ -109,6 +110,8 @@ def world_beside(checkpoint):
     """
     if os.path.realpath(checkpoint) != os.path.realpath(SHIPPED_BASE):
         beside = checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint)
+        if is_name(checkpoint):                 # out/NAME for what is asked of a hub's OWNER/NAME
+            beside = os.path.join("out", os.path.basename(checkpoint).partition("@")[0])
         return os.path.join(os.path.dirname(checkpoint), "world"), beside
     world = os.path.join("out", "world")
     if os.path.isdir(world):

@@ -10,7 +10,9 @@ import argparse
 import itertools
 import json
 import os
+import sys
 
+from checkpoints.hub import pinned
 from checkpoints.load import is_trained
 from checkpoints.save import check_output_folder
 from model import GROUPS, STAGES, TRUNK
@@ -18,6 +20,8 @@ from post_decoder import VARIANTS
 from support.common import InputError, Number
 from support.loading import spare_cores
 from training.blocks import resolve_block
+from training.monitors import REPORTS
+from training.originals import train_arguments
 from training.picture import read_run
 
 # Defaults with a real model: LLaVA's for supervised training of the trunk (0), the training notes'
@@ -30,7 +34,8 @@ TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup
         1: dict(learning_rate=[2e-3], num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
 TINY |= {2: TINY[1] | dict(learning_rate=[1e-3]),
          "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1)}
-FILES = ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder")
+FILES = ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "preference_data",
+         "data_path", "image_folder")
 # The tiny world's own folders, beside --output_dir. Its base follows from SIZES; RUNNING does not
 # change a result.
 TINY_FOLDERS = ("world", "untrained", "base", "features")
@@ -42,6 +47,7 @@ def parse_flags(argv=None):
     """The command line → Namespace with every default filled in. InputError where flags
     conflict.
     """
+    argv = train_arguments(sys.argv[1:] if argv is None else argv)
     args = declare_flags().parse_args(argv)
     resolve_flags(args)
     look_at_the_disk(args)
@@ -118,10 +124,13 @@ def declare_flags():
     group.add_argument("--vg_path", help="Visual Genome: image_data.json, VG_100K, VG_100K_2")
     group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json")
     group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
+    group.add_argument("--preference_data", nargs="+", metavar="FILE",
+                       help="in place of HA-DPO's three: pairs in RLHF-V's, TRL's, LLaMA-Factory's "
+                            "or ms-swift's form, in JSON or parquet")
     group.add_argument("--keep_correct", action=boolean,
                        help="use also POPE rows that the base answered right")
     group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
-    group.add_argument("--image_folder", default="", help="its images")
+    group.add_argument("--image_folder", default="", help="the images of either")
     group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs "
                                                 "read neither weights nor images")
 
@@ -159,6 +168,11 @@ def declare_flags():
     group.add_argument("--resume", action="store_true",
                        help="go on from the last saved state in OUTPUT_DIR.run")
     group.add_argument("--logging_steps", type=whole("--logging_steps", above=0), default=1)
+    group.add_argument("--report_to", nargs="+", choices=["none", *REPORTS],
+                       help="also write the steps' numbers there; default: as the DeepSpeed file "
+                            "says")
+    group.add_argument("--run_name", help="of the run in --report_to's; default: the output "
+                                          "folder's name")
     group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
                        help="metrics.jsonl of other runs, drawn with this one's in "
                             "OUTPUT_DIR/training.svg")
@@ -215,7 +229,7 @@ def is_tiny_base(args):
     """
     plain = vars(declare_flags().parse_args(["--stage", "0"]))
     typed = {name for name, value in vars(args).items() if value != plain[name]}
-    return typed <= {"output_dir", *SIZES, *RUNNING}
+    return typed <= {"output_dir", "report_to", "run_name", *SIZES, *RUNNING}
 
 
 def look_at_the_disk(args):
@@ -232,13 +246,22 @@ def look_at_the_disk(args):
                              f"is the tiny world's own; name the base, or leave --{name} out")
     sft = args.loss == "sft"
     needed = ("data_path",) if sft else ("vg_path", "desc_data_path", "pope_data_path")
+    if args.preference_data:
+        other = next((name for name in ("data_path", *needed) if getattr(args, name)), None)
+        if other or sft:
+            raise InputError("--preference_data: is the data of --loss dpo, ipo and hinge; leave "
+                             f"--{other or 'loss sft'} out")
+        needed = ("preference_data",)
     for name in () if tiny else needed:
-        path = getattr(args, name)
-        if not path:
+        paths = getattr(args, name)
+        if not paths:
             raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) "
                              f"--loss {args.loss} needs " + ", ".join(f"--{n}" for n in needed))
-        if not os.path.exists(path):
-            raise InputError(f"--{name} {path}: no such file or folder")
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not os.path.exists(path):
+                raise InputError(f"--{name} {path}: no such file or folder")
+    for name in ("model_name_or_path", "vision_tower", "init"):     # the hub's, with the revision
+        setattr(args, name, pinned(getattr(args, name)))
     if not tiny and is_trained(args.model_name_or_path):
         raise InputError(f"--model_name_or_path {args.model_name_or_path}: is no whole model, but "
                          "what was trained of one; name its base here (and it with --init), or "
@@ -302,5 +325,7 @@ def combinations(args):
         if len(args.learning_rate) > 1:
             output_dir += f"-{rate:g}"
         changes = dict(block=variant, learning_rate=rate, output_dir=output_dir)
+        if args.run_name:
+            changes["run_name"] = args.run_name + output_dir.removeprefix(args.output_dir)
         runs.append(argparse.Namespace(**vars(args) | changes))
     return runs

@@ -290,8 +290,8 @@ def test_damaged(public, tmp_path, what):
     assert re.search(said, message) and "\n" not in message and str(tmp_path) in message
 
 
-def test_hub_ids_are_paths(public):
-    """Nothing is downloaded: a name that is no folder is said to be exactly that."""
+def test_names_without_a_folder(public):
+    """A name that is no folder, and offline not on the hub, is said to be exactly that."""
     llava, message = str(public.llava), "(llava-v1.5-7b|patch14-336): no such folder"
     for arguments in (("liuhaotian/llava-v1.5-7b",), (llava, "openai/clip-vit-large-patch14-336"),
                       (llava,)):
