@@ -14,7 +14,8 @@ sweep.
     --stage    names for three choices. 0: supervised, projector, llama, lm_head (the tiny world's
                base). 1: DPO of post_decoder. 2: DPO of post_decoder and lm_head, from stage 1's
                result if there is one beside the output
-    --loss     sft on LLaVA's conversations; dpo, ipo or hinge (dpo.py) on HA-DPO's pairs
+    --loss     dpo, ipo or hinge (dpo.py) on HA-DPO's pairs; sft on LLaVA's conversations, or on the
+               chosen answers of HA-DPO's pairs: the control that tells what preferences add
 
 Without --model_name_or_path everything is tiny (tiny/). A run writes --output_dir: what was
 trained, `metrics.jsonl`, and `training.svg`, the same to look at. An interrupted run goes on with
@@ -40,16 +41,16 @@ import torch.distributed as dist
 from checkpoints.identity import identity_of
 from checkpoints.load import load_base, load_trained
 from checkpoints.save import save_base, save_trained
-from data import IGNORE, PackedDataset, read_hadpo
+from data import IGNORE, Example, PackedDataset, read_hadpo
 from dpo import Loss, Objective
 from model import TRUNK, Head, Llava, set_trained
-from post_decoder import VARIANTS, PostInteractionBlock
+from post_decoder import PostInteractionBlock
 from support.common import InputError, run_program, say
 from support.images import check_images
 from support.outputs import write_text
 from tiny.prepare import prepare_tiny_world
 from training.batches import micro_batches
-from training.blocks import refuse_other_block
+from training.blocks import new_block_config, refuse_other_block
 from training.conversations import image_paths, read_llava
 from training.engine import (
     Schedule,
@@ -115,16 +116,17 @@ def train(args):
     dtype = torch.bfloat16 if config["bf16"].get("enabled") else torch.float32
 
     # The data.
-    if args.loss == "sft":
+    if args.data_path:
         examples = read_llava(args.data_path, args.image_folder)
     elif args.preference_data:
         examples = read_preferences(args.preference_data, args.image_folder)
     else:
         examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path,
                               args.keep_correct, args.seed)
+        if args.loss == "sft":                                  # on the chosen answers alone
+            examples = [Example(e.image, e.conversations[:1]) for e in examples]
     if not examples:
-        raise InputError("the data hold no examples; with --keep_correct also rows that the base "
-                         "answered right are used")
+        raise InputError("the data hold no examples; --keep_correct takes also correct answers")
 
     # The base. Every process runs the tower in every step, so a batch without an image gets one.
     def load():
@@ -188,7 +190,7 @@ def initial_head(run):
     args.block = args.block or ("full" if "post_decoder" in args.tune else "head")
     if args.block != "head":
         with run.device:
-            block = PostInteractionBlock(base.config.block_config(**VARIANTS[args.block]))
+            block = PostInteractionBlock(new_block_config(args, base.config))
         head.post_interaction_block = block.to(run.dtype)
         name = "an identity block" + (f" over {name}" if args.init != "identity" else "")
     return head, name, own_lm_head
@@ -211,7 +213,7 @@ def train_run(deepspeed, run):
     in_the_loop = isinstance(run.rows, PackedDataset)
     if in_the_loop and args.gradient_checkpointing:
         checkpoint_layers(trunk.model)
-    loss = Loss(args.loss, args.beta, args.sft_weight, args.label_smoothing)
+    loss = Loss(args.loss, *(getattr(args, f.name) for f in dataclasses.fields(Loss)[1:]))
     objective = Objective(trunk if in_the_loop else None, run.head, loss)
 
     with claimed_folder(run) as state:

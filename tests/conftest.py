@@ -26,6 +26,7 @@ from llama import LlamaConfig
 from model import Head, Llava, LlavaConfig, Trunk
 from post_decoder import VARIANTS
 from tiny import world as tiny_world
+from tiny.preferences import write_preferences
 
 # A shell's background jobs, and their children, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -124,7 +125,7 @@ def world(tmp_path_factory):
             answers[image["image_id"], question["question"]] = said
         described = "The image shows a park with a kite and a ball."
         answers[image["image_id"], image.get("describe")] = described
-    tiny_world.write_preferences(folder, answers)
+    write_preferences(folder, answers)
 
     tokenizer = Tokenizer(f"{folder}/tokenizer.model")
     torch.manual_seed(0)
