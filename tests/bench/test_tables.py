@@ -13,7 +13,7 @@ from programs import ROOT
 
 import eval_pope
 import train
-from bench import effect, tables
+from bench import tables
 from eval_pope import read_pope, says_yes
 from post_decoder import VARIANTS
 from tools.plots import read_sweep
@@ -44,7 +44,6 @@ def seed(world, tmp_path, in_this_process, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tables, "ThreadPoolExecutor", InTurn)
-    monkeypatch.setattr(effect, "run", run)
     monkeypatch.setattr(tables, "run", run)
     folder = tmp_path / "seed42"
     folder.mkdir()
