@@ -53,7 +53,8 @@ ROWS = {
 
     "old": Row("data", "true descriptions of every 8th image", f"--stage 1 {BOTH}", claim=True,
                pairs=OLD),
-    "old_sft": Row("data", "the same, SFT", f"--stage 1 {SFT}", pairs=OLD),
+    "old_sft": Row("data", "true descriptions of every 8th image, SFT", f"--stage 1 {SFT}",
+                   pairs=OLD),
     "true": Row("data", "true descriptions of every image", f"--stage 1 {BOTH}",
                 pairs="--described true"),
     "deleted": Row("data", "wrong objects deleted from every description", f"--stage 1 {BOTH}",
@@ -64,13 +65,15 @@ ROWS = {
                      "--stage 1 --no-keep_correct --sft_weight 0"),
     "flip20": Row("data", "20 % of the labels flipped", f"--stage 1 {BOTH}", claim=True,
                   pairs="--flipped 0.2"),
-    "flip20_sft": Row("data", "the same, SFT", f"--stage 1 {SFT}", claim=True,
+    "flip20_sft": Row("data", "20 % of the labels flipped, SFT", f"--stage 1 {SFT}", claim=True,
                       pairs="--flipped 0.2"),
     "any": Row("data", "absent objects asked about: any", f"--stage 1 {BOTH}",
                pairs="--questions any"),
-    "any_sft": Row("data", "the same, SFT", f"--stage 1 {SFT}", pairs="--questions any"),
+    "any_sft": Row("data", "absent objects asked about: any, SFT", f"--stage 1 {SFT}",
+                   pairs="--questions any"),
     "held_out": Row("data", "4 classes in no pair", f"--stage 1 {BOTH}", pairs="--held_out 4"),
-    "held_out_sft": Row("data", "the same, SFT", f"--stage 1 {SFT}", pairs="--held_out 4"),
+    "held_out_sft": Row("data", "4 classes in no pair, SFT", f"--stage 1 {SFT}",
+                        pairs="--held_out 4"),
 
     "nothing": Row("what the block sees", "nothing", f"--stage 1 {BOTH} --block no_cross_attn",
                    claim=True),
@@ -104,11 +107,13 @@ for share in (10, 5):
     flip = f"--flipped {share / 100}"
     ROWS[f"flip{share}"] = Row("data", f"{share} % of the labels flipped", f"--stage 1 {BOTH}",
                                pairs=flip)
-    ROWS[f"flip{share}_sft"] = Row("data", "the same, SFT", f"--stage 1 {SFT}", pairs=flip)
+    ROWS[f"flip{share}_sft"] = Row("data", f"{share} % of the labels flipped, SFT",
+                                   f"--stage 1 {SFT}", pairs=flip)
 for part, count in ((4, 1450), (16, 362)):
     few = f"--images {count}"
     ROWS[f"images{part}"] = Row("data", f"1/{part} of the images", f"--stage 1 {BOTH}", pairs=few)
-    ROWS[f"images{part}_sft"] = Row("data", "the same, SFT", f"--stage 1 {SFT}", pairs=few)
+    ROWS[f"images{part}_sft"] = Row("data", f"1/{part} of the images, SFT", f"--stage 1 {SFT}",
+                                    pairs=few)
 for name, flags in ((REFERENCE, f"--stage 1 {BOTH}"), ("dpo", "--stage 1 --sft_weight 0"),
                     ("sft", f"--stage 1 {SFT}")):
     title = "39 steps" + {REFERENCE: "", "dpo": ", DPO alone", "sft": ", SFT"}[name]

@@ -5,8 +5,9 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, dpo_flags, load_json, shell, succeeds
+from conftest import dpo_flags, load_json
 from hub_stand_in import StandIn, commit_of, files_in, fill_cache
+from programs import ROOT, shell, succeeds
 
 from checkpoints import hub
 from checkpoints.hub import files_read, is_name, is_whole

@@ -7,8 +7,9 @@ import re
 
 import pytest
 from beside import checkpoints_beside
-from conftest import load_json, shell, succeeds
+from conftest import load_json
 from PIL import Image
+from programs import shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained

@@ -3,7 +3,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from conftest import free_port
+from programs import free_port
 from stand_in import Misbehaviour, StandIn
 
 from evals.judge import Judge, replies

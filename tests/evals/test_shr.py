@@ -7,8 +7,9 @@ import re
 
 import pytest
 from beside import checkpoints_beside
-from conftest import free_port, load_json, succeeds
+from conftest import load_json
 from PIL import Image
+from programs import free_port, succeeds
 from small_files import assert_names_the_fault
 from stand_in import Misbehaviour, StandIn
 

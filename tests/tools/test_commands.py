@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, dpo_flags, free_port
+from conftest import dpo_flags
+from programs import ROOT, free_port
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from programs import ROOT
 
 from tools import doctor
 from tools.doctor import CARDS, PATHS, TRAINED, fault_of, package_faults, what_fits

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, dpo_flags, load_json, run_train
+from conftest import dpo_flags, load_json, run_train
 from hub_stand_in import StandIn
 from PIL import Image
+from programs import ROOT
 
 import eval_pope
 import tools.export

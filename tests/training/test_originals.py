@@ -8,7 +8,8 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, dpo_flags, load_json, shell, succeeds
+from conftest import dpo_flags, load_json
+from programs import ROOT, shell, succeeds
 
 import train
 from checkpoints.load import load_base
