@@ -129,16 +129,16 @@ def commands(text):
 
 @functools.cache
 def flags(program):
-    """Flags that a program declares, itself or in a module of ours that it imports and that is no
-    program of its own.
+    """Flags that a program declares, itself or in a module of ours that it imports, but not in that
+    one's own main().
     """
     files, text = [program], read(program)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             files.append(node.module.replace(".", "/") + ".py")
     declared = r'\badd(?:_argument|_number)?\(\s*"(--\w+)"'
-    texts = [read(file) for file in files if exists(file)]
-    return set(re.findall(declared, text + "".join(t for t in texts if "__main__" not in t)))
+    texts = [read(file).partition("\ndef main(")[0] for file in files if exists(file)]
+    return set(re.findall(declared, text + "".join(texts)))
 
 
 def wrong_in(command):

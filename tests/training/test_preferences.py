@@ -283,7 +283,8 @@ def test_flags(world, tmp_path):
     base = ["--model_name_or_path", world.base]
     for flags, message in (
             (["--preference_data", "no.json", *base], "--preference_data no.json: no such file"),
-            (["--preference_data", world.pairs, *dpo_flags(world)], "--vg_path and --preference_data are two kinds"),
+            (["--preference_data", world.pairs, *dpo_flags(world)],
+             "--vg_path and --preference_data are two kinds"),
             (["--preference_data", world.pairs, "--loss", "sft", *base], "sft name HA-DPO"),
             (["--preference_data", world.pairs], "everything is the tiny world's own")):
         with pytest.raises(InputError, match=message):
