@@ -15,7 +15,6 @@ import os
 import re
 from dataclasses import dataclass
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 import torch.distributed as dist
 

@@ -229,7 +229,7 @@ def test_command_line(world, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
     (tmp_path / "adapter_config.json").write_text("{}")
     mistakes = ((["nowhere"], "nowhere: no such folder"),
-                ([world.base, "--pair", "99"], "--pair 99: the data hold .* pairs"),
+                ([world.base, "--pair", "999"], "--pair 999: the data hold .* pairs"),
                 ([str(tmp_path)], "neither a base nor a checkpoint of train.py"))
     for flags, message in mistakes:
         monkeypatch.setattr("sys.argv", ["explain", *flags])
