@@ -29,6 +29,7 @@ import os
 import random
 from dataclasses import dataclass
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch.distributed as dist
 
 from checkpoints.load import checkpoints_among

@@ -30,6 +30,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch.distributed as dist
 
 from checkpoints.load import checkpoints_among

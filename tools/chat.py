@@ -30,6 +30,7 @@ try:
 except ImportError:
     pass
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
 from checkpoints.load import Source, load_all

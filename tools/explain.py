@@ -19,6 +19,7 @@ import tempfile
 import textwrap
 from dataclasses import dataclass
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
 from clip_vit import CLIPVisionTower

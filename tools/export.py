@@ -20,6 +20,7 @@ import os
 import shutil
 from dataclasses import asdict
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
 from checkpoints.card import pope_of, values_of, write_card

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
 from checkpoints.load import base_of, checkpoint_type, load_base, load_trained, tower_of

@@ -33,6 +33,7 @@ import random
 import re
 from html import escape
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import numpy as np
 import torch
 import torch.distributed as dist
