@@ -278,7 +278,7 @@ def mined_from(world, fingerprint):
     os.rename(hadpo, aside)
     if os.path.isdir(f"{hadpo}-{fingerprint}"):
         os.rename(f"{hadpo}-{fingerprint}", hadpo)
-    return os.path.isdir(hadpo)
+    return mined_from(world, fingerprint)       # what came back may be other pairs
 
 
 # ---- Other pairs of the same base ----------------------------------------------------------------
