@@ -305,7 +305,7 @@ def main(argv=None):
                         help="which absent objects are asked about: those of POPE's three sets, or "
                              "any; default pope")
     args = parser.parse_args(argv)
-    if os.path.exists(args.output) and os.listdir(args.output):
+    if os.path.isdir(args.output) and os.listdir(args.output):
         raise InputError(f"--output {args.output}: is not empty; name another folder")
     check_can_write(args.output)
     device, _ = device_and_dtype(False)
