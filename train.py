@@ -192,7 +192,8 @@ def initial_head(run):
         with run.device:
             block = PostInteractionBlock(new_block_config(args, base.config))
         head.post_interaction_block = block.to(run.dtype)
-        name = "an identity block" + (f" over {name}" if args.init != "identity" else "")
+        over = f" over {name}" if args.init != "identity" else ""
+        name = ("an identity block" if block.is_identity() else "a random block") + over
     return head, name, own_lm_head
 
 
@@ -328,8 +329,7 @@ def save(deepspeed, run):
             save_trained(args.output_dir, tensors, info, model.tokenizer)
         metrics = os.path.join(args.output_dir, "metrics.jsonl")
         shutil.copyfile(os.path.join(run.folder, "metrics.jsonl"), metrics)
-        picture = os.path.join(args.output_dir, "training.svg")
-        write_text(picture, draw_training([metrics, *args.plot]))
+        write_text(f"{args.output_dir}/training.svg", draw_training([metrics, *args.plot]))
     dist.barrier()
 
 
