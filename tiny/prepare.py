@@ -186,6 +186,8 @@ def refuse_other_sizes(args, world, untrained, base):
     for folder in filter(os.path.isdir, (untrained, base)):
         path = os.path.join(folder, "config.json")
         before = typed(read_json(path, dict), "arguments", dict, path) or {}
+        if not before.get("tiny_projector"):        # where none was typed, there is nothing or None
+            before["tiny_projector"] = TINY_LLAVA.projector_hidden_size
         for name in ("tiny_tower", "tiny_projector", "tiny_base_steps"):
             asked = getattr(args, name)
             refuse(asked and name in before and asked != before[name],
