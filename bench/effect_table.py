@@ -95,7 +95,8 @@ def table(found, question, least):
     head, *rest = COLUMNS.values()
     titles = ["", "seeds", head, "difference", *rest]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    names = {name: row.title for name, row in ROWS.items() if row.question == question}
+    names = {name: row.title for name, row in ROWS.items()
+             if row.question == question and name != REFERENCE}
     names, reference = UNTRAINED if question == "untrained" else names, found[REFERENCE]
     for name, title in (names | {REFERENCE: f"*reference: {ROWS[REFERENCE].title}*"}).items():
         if len(found.get(name, ())) >= least:
