@@ -189,13 +189,14 @@ def with_threshold(fitted, tested, scores, group):
 
 
 def best_threshold(scores, labels):
-    """The threshold with the most right answers; in the middle between two scores."""
+    """The threshold with the most right answers; in the middle between two different scores."""
     order = np.argsort(scores)
     x, label = np.array(scores)[order], np.array(labels)[order]
     edges = np.concatenate(([x[0] - 1], (x[1:] + x[:-1]) / 2, [x[-1] + 1]))
     right = np.concatenate(([0], np.cumsum(~label))) + label.sum() - np.concatenate(
         ([0], np.cumsum(label)))
-    return edges[right.argmax()]
+    possible = np.concatenate(([True], np.diff(x) > 0, [True]))
+    return edges[np.where(possible, right, -1).argmax()]
 
 
 def probe(model, root, folders, steps=600):
