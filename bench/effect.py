@@ -171,8 +171,9 @@ def tasks_of(args, done):
         if row is None or row.rate:
             of_row = (row.rate if row else 0,)
         if None in of_row:
+            of = REFERENCE if row.image == "test" else name         # whose rate it has
             raise InputError(f"{name}: {args.output_dir}/results.jsonl knows no rate of it; run "
-                             f"--validation --rows {name} first")
+                             f"--validation --rows {of} first")
         priority = 1 if row is None or row.claim else 2
         for seed in seeds:
             key = priority, seed, row.projector if row else 0, kind_of(name) if row else BASE
