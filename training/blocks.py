@@ -59,8 +59,8 @@ def resolve_block(args):
         raise InputError(f"--block names {len(set(args.block))} variants, but {owner} brings its "
                          "block along; start from what has none (--init identity, another base)")
     if brought and args.block_intermediate_size:
-        raise InputError(f"--block_intermediate_size {args.block_intermediate_size}: {owner} brings "
-                         "a block of its own; leave it out, or start from what has none")
+        raise InputError(f"--block_intermediate_size {args.block_intermediate_size}: {owner} "
+                         "brings a block of its own; leave it out, or start from what has none")
     if brought:
         try:
             block_config = BlockConfig(**brought)

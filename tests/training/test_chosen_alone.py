@@ -112,7 +112,7 @@ def test_the_original_block(world, tmp_path, capsys, in_this_process):
                                      data=dpo_flags(world))
         said = "a random block" if block == "original" else "an identity block"
         assert capsys.readouterr().out.count(f"stage 1 from {said}:") == 2
-    for (block, name), row in first.items():
+    for (block, _), row in first.items():
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert row["rewards/margin"] == 0 and row["grad_norm"] > 0
         assert row["logps/chosen"] == pytest.approx(row["logps/reference_chosen"], abs=1e-4)
