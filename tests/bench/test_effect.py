@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_json
+from programs import succeeds
 
 import train
 from bench import effect, effect_asked, effect_table
@@ -275,3 +277,32 @@ def test_the_table(tmp_path, capsys):
     assert sft == [ROWS["sft"].title, "2", "82.0 ± 2.8", "+2.0 ± 12.7 [+16.7, +16.7]"]
     assert ipo == [ROWS["ipo"].title, "1", "79.0", "+0.0 ± nan [+0.0, +0.0]"]
     assert reference == [f"*reference: {ROWS[REFERENCE].title}*", "2", "80.0 ± 1.4", ""]
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+
+def test_a_small_experiment(tmp_path):
+    """The base with what needs no training, and one row; what is there is not made again."""
+    command = ["python", "bench/effect.py", "--small", "--jobs", 1, "--rows", "base", "default1",
+               "--seeds", 46, "--output_dir", tmp_path]
+    assert "2 rows in " in succeeds(*command, fresh=True)
+    with open(tmp_path / "results.jsonl") as file:
+        lines = {line["row"]: line for line in map(json.loads, file)}
+    assert list(lines) == ["base", "threshold", "class_threshold", "probe", "default1"]
+    for line in lines.values():
+        assert (line["seed"], line["validation"]) == (46, False)
+        for split in SPLITS:                    # eight images with six questions each
+            right = [int(digit) for digit in line["right"][split]]
+            assert len(right) == 8
+            assert line["numbers"][f"{split}/accuracy"] == pytest.approx(100 * sum(right) / 48,
+                                                                         abs=1e-4)
+    names = {"well_formed", "held_out", "chair_i", "chair_s", "coverage", "words", "nll"}
+    assert names <= lines["base"]["numbers"].keys() == lines["default1"]["numbers"].keys()
+    assert lines["base"]["numbers"]["nll"] != lines["default1"]["numbers"]["nll"]
+    config = load_json(tmp_path / "seed46" / "default1-0.002" / "config.json")
+    assert (config["steps"], config["arguments"]["sft_weight"]) == (effect.SMALL_STEPS, 10)
+    assert not [path for path in (tmp_path / "seed46").iterdir() if "features" in path.name]
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert "0 rows in " in succeeds(*command, fresh=True)
+    assert (tmp_path / "results.jsonl").read_bytes() == before
