@@ -1,17 +1,27 @@
 """bench/effect.py and its parts: what is run and at which rate, what is counted, and the tables."""
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import load_json
-from programs import succeeds
+from programs import ROOT, succeeds
 
 import train
 from bench import effect, effect_asked, effect_table
-from bench.effect import AT_ONCE, Task, another_image, best_rates, tasks_of
-from bench.effect_rows import FEW, LADDER, REFERENCE, ROWS, SEEDS, VALIDATION_SEEDS
+from bench.effect import AT_ONCE, Task, another_image, tasks_of
+from bench.effect_rows import (
+    FEW,
+    LADDER,
+    REFERENCE,
+    ROWS,
+    SEEDS,
+    VALIDATION_SEEDS,
+    best_rates,
+    read_results,
+)
 from bench.effect_table import image_interval, mean_and_sd, paired, student_interval
 from model import Trunk
 from support.common import InputError
@@ -47,7 +57,7 @@ def test_best_rates(tmp_path):
         result("sft", 42, 1e-3, True, 90, well_formed=80.0),
         result("sft", 42, 3e-3, True, 75, well_formed=100.0),
         result(REFERENCE, 42, 3e-4, True, 60)])
-    rates = best_rates(str(tmp_path))
+    rates = best_rates(read_results(str(tmp_path)))
     assert rates["dpo"] == 3e-3 and rates["sft"] == 3e-3 and "base" not in rates
     assert rates["other_test"] == rates[REFERENCE] == 3e-4        # only what it is asked differs
     assert "other_always" not in rates
@@ -56,10 +66,11 @@ def test_best_rates(tmp_path):
     lines[0]["numbers"] |= {"random/accuracy": 90, "popular/accuracy": 20}
     lines[1]["numbers"] |= {"adversarial/accuracy": 51}
     write(tmp_path, lines)
-    assert best_rates(str(tmp_path))["dpo"] == 1e-3
+    assert best_rates(read_results(str(tmp_path)))["dpo"] == 1e-3
     write(tmp_path, lines, end="\n" + json.dumps(result("dpo", 42, 3e-3, True, 99)))
-    assert best_rates(str(tmp_path))["dpo"] == 1e-3
-    assert set(best_rates(str(tmp_path / "none")).values()) == {None}
+    assert best_rates(read_results(str(tmp_path)))["dpo"] == 1e-3
+    assert read_results(str(tmp_path / "none")) == [] and best_rates([])["other_test"] is None
+    assert best_rates([])["default1"] == ROWS["default1"].rate         # which is no choice
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
@@ -233,7 +244,7 @@ def test_student_interval():
     four = np.array([0, 0, 3, 3]) * 2 / np.sqrt(3)
     assert student_interval(four) == pytest.approx(3.182)
     assert student_interval(np.array([1.0, 3.0])) == pytest.approx(12.706)
-    assert student_interval(np.ones(16)) == 0 and np.isnan(student_interval(np.ones(1)))
+    assert student_interval(np.ones(16)) == 0
     assert student_interval(np.tile([-1.0, 1.0], 8)) == pytest.approx(2.131 / np.sqrt(15))
 
 
@@ -261,22 +272,30 @@ def test_the_table(tmp_path, capsys):
     def line(row, seed, accuracy, right, validation=False):
         return result(row, seed, 1e-3, validation, accuracy) | {"right": {"adversarial": right}}
 
-    path = tmp_path / "results.jsonl"
     write(tmp_path, [line("sft", 46, 80, "66")])
     with pytest.raises(InputError, match="has no row 'reference'"):
-        effect_table.main(["--results", str(path)])
+        effect_table.main(["--output_dir", str(tmp_path)])
     write(tmp_path, [line("sft", 46, 10, "00"), line("sft", 46, 80, "55"),
                      line("sft", 47, 84, "55"), line("sft", 42, 1, "00", True),
                      line(REFERENCE, 46, 79, "44"), line(REFERENCE, 47, 81, "44"),
                      line("ipo", 46, 79, "44")])
-    effect_table.main(["--results", str(path), "--question", "loss"])
+    effect_table.main(["--output_dir", str(tmp_path), "--question", "loss"])
     lines = [[cell.strip() for cell in text.strip("|").split(" | ")]
              for text in capsys.readouterr().out.splitlines() if text.startswith("| ")]
     titles, sft, ipo, reference = (line[:4] for line in lines)
     assert titles == ["", "seeds", "adversarial", "difference"]
     assert sft == [ROWS["sft"].title, "2", "82.0 ± 2.8", "+2.0 ± 12.7 [+16.7, +16.7]"]
-    assert ipo == [ROWS["ipo"].title, "1", "79.0", "+0.0 ± nan [+0.0, +0.0]"]
+    assert ipo == [ROWS["ipo"].title, "1", "79.0", "+0.0 [+0.0, +0.0]"]
     assert reference == [f"*reference: {ROWS[REFERENCE].title}*", "2", "80.0 ± 1.4", ""]
+
+
+def test_the_page_shows_what_was_measured(capsys):
+    with open(os.path.join(ROOT, "docs", "results.md"), encoding="utf-8") as file:
+        page = file.read().splitlines()
+    folder = os.path.join(ROOT, "docs", "effect")
+    effect_table.main(["--output_dir", folder, "--least", "3"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) > 40 and [line for line in lines if line not in page] == []
 
 
 # ---- All of it -----------------------------------------------------------------------------------
