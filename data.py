@@ -8,9 +8,8 @@
 Text follows LLaVA's `v1` template; image preprocessing is LLaVA's `pad` followed by CLIP's.
 
 Follows haotian-liu/LLaVA (arXiv 2310.03744) and opendatalab/HA-DPO (arXiv 2311.16839). Deliberately
-different: text never turns into control tokens (`</s>` typed by somebody stays text), the image's
-place is expanded to its patches here and not in the model, and what chosen and rejected share
-stands in a row once.
+different: text never turns into control tokens, the image's place is expanded to its patches here
+and not in the model, and what chosen and rejected share stands in a row once.
 """
 import os
 import random
@@ -47,6 +46,7 @@ class Example:
     """One row to be."""
     image: str                # path, or None
     conversations: list       # that begin alike, each [(question, answer), ...]; None: not answered
+    given: int = 0            # so many of their first answers are not learnt: they are prompt
 
     def characters(self):
         return sum(len(q) + len(a or "") for turns in self.conversations for q, a in turns)
@@ -135,14 +135,14 @@ class Tokenizer:
         return self.model.decode(known)
 
 
-def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True):
+def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True, given=0):
     """[(question, answer), ...] → ids, labels: lists of the same length, LLaVA's `v1` template.
 
-    Labels are the ids of answers and their `</s>`, IGNORE elsewhere; one BOS stands in front. Each
+    Labels are the ids of answers (not of the first `given`) and `</s>`, IGNORE elsewhere. Each
     text around `<image>`, which is text itself where no image is, has its own leading space mark.
     """
     ids, text, continues, labels = [BOS], system + " ", False, [IGNORE]
-    for question, answer in turns:
+    for number, (question, answer) in enumerate(turns):
         text += f"USER: {question} ASSISTANT:"
         for n, chunk in enumerate(text.split(IMAGE) if has_image else [text]):
             ids += ([IMAGE_ID] if n else []) + tokenizer.encode(chunk, continues)
@@ -152,7 +152,7 @@ def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True):
             if not answer.strip():
                 raise InputError(f"the answer to {question!r} is empty; remove the row")
             ids += tokenizer.encode(answer) + [EOS]
-            labels += ids[len(labels):]
+            labels += ids[len(labels):] if number >= given else []
         text, continues = "", True
     return ids, labels
 
@@ -330,8 +330,8 @@ class PackedDataset(torch.utils.data.Dataset):
     def row(self, i):
         example, f = self.examples[i], self.format
         try:
-            sequences = [encode_conversation(f.tokenizer, turns, f.system, bool(example.image))
-                         for turns in example.conversations]
+            sequences = [encode_conversation(f.tokenizer, turns, f.system, bool(example.image),
+                                             example.given) for turns in example.conversations]
             return pack(sequences, f.num_patches, f.max_length, example.image)
         except InputError as e:
             raise InputError(f"example {i} of the data: {e}") from e

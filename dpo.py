@@ -37,6 +37,7 @@ class Loss:
     beta: float = 0.1
     sft_weight: float = 0.0          # of the chosen answer's mean NLL, beside a preference loss
     label_smoothing: float = 0.0     # the share of labels taken to be wrong (dpo)
+    length_normalised: bool = False  # log-probabilities are means over an answer's tokens
 
 
 def token_logps(logits, target):
@@ -49,6 +50,11 @@ def sequence_logps(logps, target_branch, num_branches=2):
     """Sum of each branch's token log-probabilities: (B, A) and (B, A) → (B, num_branches), nats."""
     branches = torch.arange(1, num_branches + 1, device=logps.device)
     return (logps[:, :, None] * (target_branch[:, :, None] == branches)).sum(1)
+
+
+def answer_lengths(target_branch, num_branches=2):
+    """How many tokens each branch's answer has: (B, A) → (B, num_branches), at least 1."""
+    return sequence_logps(torch.ones_like(target_branch), target_branch, num_branches).clamp(min=1)
 
 
 def preference_loss(policy, reference, loss):
@@ -143,7 +149,9 @@ class Objective(nn.Module):
             with torch.no_grad():
                 reference_logps = self.logps(self.reference, states, batch)
                 reference = sequence_logps(reference_logps, batch.target_branch)            # (B, 2)
-        losses, rewards = preference_loss(policy, reference, self.loss)
+        # Means over the tokens: length-normalised DPO, as in Tulu 3 (arXiv 2411.15124).
+        tokens = answer_lengths(batch.target_branch) if self.loss.length_normalised else 1
+        losses, rewards = preference_loss(policy / tokens, reference / tokens, self.loss)
         nll = mean_nll(logps, batch.target_branch == CHOSEN).mean()
         loss = losses.mean()
         if self.loss.sft_weight:

@@ -32,7 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall wh
 import numpy as np
 import torch.distributed as dist
 
-from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all
+from checkpoints.card import add_pope
+from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all, weights_of
 from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from model import Llava, answer
 from support.common import (
@@ -49,6 +50,7 @@ from support.outputs import Journal, check_output_folder, digest, gathered, writ
 from support.questions import SPLITS, find_images, question_files, read_pope
 from tiny.prepare import world_beside
 from training.guards import long_rows
+from training.originals import pope_arguments
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class Protocol:
 PROTOCOLS = {
     "hadpo": Protocol(SYSTEM_HADPO_EVAL, "", 512),
     "llava": Protocol(SYSTEM, "\nAnswer the question using a single word or phrase.", 128)}
-CONFIGS = "config.json", "adapter_config.json"
 COLUMNS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
            "yes_ratio": "yes ratio", "tp": "TP", "fp": "FP", "tn": "TN", "fn": "FN", "auc": "AUC",
            "best_threshold": "best threshold"}
@@ -88,15 +89,6 @@ def open_prompts(model, questions, image_folder, protocol):
 # ---- Answers -------------------------------------------------------------------------------------
 
 
-def weights_of(path):
-    """{name: digest} of the files that make a trained checkpoint or an adapter what it is."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = [os.path.join(path, name) for name in os.listdir(path)
-                 if name.endswith((".safetensors", ".bin")) or name in CONFIGS]
-    return {os.path.basename(path): file_digest(path) for path in paths}
-
-
 def identity(model, checkpoints, prompts, protocol, max_new_tokens):
     """What is asked of whom. Answers that were kept are taken up only if all of it agrees."""
     by_image, dataset = prompts
@@ -104,17 +96,17 @@ def identity(model, checkpoints, prompts, protocol, max_new_tokens):
     seen = [asdict(model.config), asdict(model.preprocess), file_digest(model.tokenizer.path)]
     sizes = [os.path.getsize(example.image) for example in dataset.examples]
     return {"base": model.fingerprint, "settings": digest(seen), "models": list(model.heads),
-            "trained": digest(list(trained.values())), "protocol": asdict(PROTOCOLS[protocol]),
+            "trained": digest(list(trained.values())), "protocol": asdict(protocol),
             "max_new_tokens": max_new_tokens, "dtype": str(next(model.trunk.parameters()).dtype),
             "questions": digest([list(by_image.items()), sizes])}
 
 
-def ask(model, prompts, max_new_tokens, batch_size=None, journal=None):
+def ask(model, prompts, max_new_tokens, batch_size=None, journal=None, decode=answer):
     """{head's name: {(image, question): (answer, yes-score)}} for what `open_prompts` returns.
 
     This process asks about its share of the images; the shares are gathered. What the journal knows
     is not asked again. A yes-score is log p(Yes) - log p(No) at the first answer token.
-    `batch_size` is in images; default: what fits.
+    `batch_size` is in images; default: what fits. `decode`: what answers; model.answer is greedy.
     """
     by_image, dataset = prompts
     images, words = list(by_image), [model.tokenizer.encode(word)[0] for word in ("Yes", "No")]
@@ -126,7 +118,7 @@ def ask(model, prompts, max_new_tokens, batch_size=None, journal=None):
     rank, world_size = 0, 1
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    for i, heads in answer(model, dataset, max_new_tokens, batch_size, rest[rank::world_size],
+    for i, heads in decode(model, dataset, max_new_tokens, batch_size, rest[rank::world_size],
                            words):
         said = []                                   # for every head [(answer, yes-score), ...]
         for texts, logits in heads:
@@ -277,7 +269,7 @@ def evaluate(args):
     limit = min(limit, model.config.text.max_position_embeddings)
     prompts = open_prompts(model, distinct, image_folder, args.protocol)
     long_rows(prompts[1])               # refuses a question that does not fit, before any is asked
-    asked = identity(model, args.checkpoints, prompts, args.protocol, limit)
+    asked = identity(model, args.checkpoints, prompts, PROTOCOLS[args.protocol], limit)
     journal = Journal(output, asked, rank)
     with journal.kept_on_interrupt(len(images), "images"):
         answers = ask(model, prompts, limit, args.batch_size, journal)
@@ -310,6 +302,8 @@ def write_answers(folder, evaluation, checkpoints):
               "checkpoints": dict(zip(names, folders, strict=True)), "metrics": evaluation.metrics}
     write_text(os.path.join(folder, "metrics.json"),
                json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    for path in folders:
+        add_pope(path, f"Protocol `{evaluation.protocol}`.\n{table(evaluation.metrics)}\n")
     print(f"\nanswers and metrics.json: {folder}")
 
 
@@ -338,7 +332,7 @@ def flags(description):
 
 
 def main():
-    evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args())
+    evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args(pope_arguments()))
     if evaluation:                      # it is on rank 0 only
         evaluation.journal.remove()
     if dist.is_initialized():

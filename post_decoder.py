@@ -32,6 +32,7 @@ VARIANTS = {  # how the notes' tables call them → what changes in BlockConfig
     "align_after_align": {"image_source": "projector"},                   # "mlp after mlp"
     "no_cross_attn_v2": {"image_source": "projector", "attention": "none"},
 }
+ORIGINAL = {"outer_residual": True, "zero_init": False}     # the notes' own form of "full"
 
 
 @dataclass

@@ -14,7 +14,8 @@ sweep.
     --stage    names for three choices. 0: supervised, projector, llama, lm_head (the tiny world's
                base). 1: DPO of post_decoder. 2: DPO of post_decoder and lm_head, from stage 1's
                result if there is one beside the output
-    --loss     sft on LLaVA's conversations; dpo, ipo or hinge (dpo.py) on HA-DPO's pairs
+    --loss     dpo, ipo or hinge (dpo.py) on HA-DPO's pairs; sft on LLaVA's conversations, or on the
+               chosen answers of HA-DPO's pairs: the control that tells what preferences add
 
 Without --model_name_or_path everything is tiny (tiny/). A run writes --output_dir: what was
 trained, `metrics.jsonl`, and `training.svg`, the same to look at. An interrupted run goes on with
@@ -30,7 +31,6 @@ import dataclasses
 import itertools
 import math
 import os
-import shlex
 import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
@@ -41,16 +41,16 @@ import torch.distributed as dist
 from checkpoints.identity import identity_of
 from checkpoints.load import load_base, load_trained
 from checkpoints.save import save_base, save_trained
-from data import IGNORE, PackedDataset, read_hadpo
+from data import IGNORE, Example, PackedDataset, read_hadpo
 from dpo import Loss, Objective
 from model import TRUNK, Head, Llava, set_trained
-from post_decoder import VARIANTS, PostInteractionBlock
+from post_decoder import PostInteractionBlock
 from support.common import InputError, run_program, say
 from support.images import check_images
 from support.outputs import write_text
 from tiny.prepare import prepare_tiny_world
 from training.batches import micro_batches
-from training.blocks import refuse_other_block
+from training.blocks import new_block_config, refuse_other_block
 from training.conversations import image_paths, read_llava
 from training.engine import (
     Schedule,
@@ -63,9 +63,11 @@ from training.engine import (
 from training.features import keep_features, load_trunk
 from training.flags import combinations, parse_flags
 from training.guards import Guards, warn_of_cut_rows
-from training.log import StepLog, announce, mean_of_all_ranks
+from training.log import StepLog, announce, mean_of_all_ranks, say_what_next
 from training.lora import add_lora
+from training.monitors import of_run
 from training.picture import draw_training
+from training.preferences import read_preferences
 from training.reference import reference_logps
 from training.resume import (
     Interruptions,
@@ -114,14 +116,17 @@ def train(args):
     dtype = torch.bfloat16 if config["bf16"].get("enabled") else torch.float32
 
     # The data.
-    if args.loss == "sft":
+    if args.data_path:
         examples = read_llava(args.data_path, args.image_folder)
+    elif args.preference_data:
+        examples = read_preferences(args.preference_data, args.image_folder)
     else:
         examples = read_hadpo(args.desc_data_path, args.pope_data_path, args.vg_path,
                               args.keep_correct, args.seed)
+        if args.loss == "sft":                                  # on the chosen answers alone
+            examples = [Example(e.image, e.conversations[:1]) for e in examples]
     if not examples:
-        raise InputError("the data hold no examples; with --keep_correct also rows that the base "
-                         "answered right are used")
+        raise InputError("the data hold no examples; --keep_correct takes also correct answers")
 
     # The base. Every process runs the tower in every step, so a batch without an image gets one.
     def load():
@@ -130,7 +135,8 @@ def train(args):
 
     model = load()
     dataset = PackedDataset(examples, model.row_format(), always_image=True)
-    runs = [Run(one, config, model, dataset, device, dtype) for one in combinations(args)]
+    runs = [Run(one, of_run(config, one), model, dataset, device, dtype)
+            for one in combinations(args)]
 
     # Of a command that goes on, the runs that are not finished yet.
     if args.resume:
@@ -184,9 +190,10 @@ def initial_head(run):
     args.block = args.block or ("full" if "post_decoder" in args.tune else "head")
     if args.block != "head":
         with run.device:
-            block = PostInteractionBlock(base.config.block_config(**VARIANTS[args.block]))
+            block = PostInteractionBlock(new_block_config(args, base.config))
         head.post_interaction_block = block.to(run.dtype)
-        name = "an identity block" + (f" over {name}" if args.init != "identity" else "")
+        over = f" over {name}" if args.init != "identity" else ""
+        name = ("an identity block" if block.is_identity() else "a random block") + over
     return head, name, own_lm_head
 
 
@@ -207,7 +214,7 @@ def train_run(deepspeed, run):
     in_the_loop = isinstance(run.rows, PackedDataset)
     if in_the_loop and args.gradient_checkpointing:
         checkpoint_layers(trunk.model)
-    loss = Loss(args.loss, args.beta, args.sft_weight, args.label_smoothing)
+    loss = Loss(args.loss, *(getattr(args, f.name) for f in dataclasses.fields(Loss)[1:]))
     objective = Objective(trunk if in_the_loop else None, run.head, loss)
 
     with claimed_folder(run) as state:
@@ -322,8 +329,7 @@ def save(deepspeed, run):
             save_trained(args.output_dir, tensors, info, model.tokenizer)
         metrics = os.path.join(args.output_dir, "metrics.jsonl")
         shutil.copyfile(os.path.join(run.folder, "metrics.jsonl"), metrics)
-        picture = os.path.join(args.output_dir, "training.svg")
-        write_text(picture, draw_training([metrics, *args.plot]))
+        write_text(f"{args.output_dir}/training.svg", draw_training([metrics, *args.plot]))
     dist.barrier()
 
 
@@ -336,10 +342,7 @@ def main():
             train(args)
     except torch.OutOfMemoryError as e:
         raise InputError(f"{str(e).splitlines()[0]} {memory_advice(args, config)}") from e
-    folders = [one.output_dir for one in combinations(args)]
-    world = os.path.join(os.path.dirname(args.output_dir), "world")
-    files = "" if os.path.isdir(world) else " --coco_path … --pope_path …"
-    say(f"done; look at it with: {shlex.join(['python', 'eval_pope.py', *folders])}{files}")
+    say_what_next(args.output_dir, [one.output_dir for one in combinations(args)])
     dist.destroy_process_group()
 
 

@@ -121,6 +121,7 @@ def engine_of(deepspeed, ours, head, training):
     trained = set_trained(ours.trunk, head, training.groups)
     objective = Objective(None if training.kept else ours.trunk, head, LOSS)
     flags = SimpleNamespace(deepspeed=training.deepspeed, offload=training.offload, bf16=None,
+                            report_to=None,
                             per_device_train_batch_size=training.micro_batch,
                             gradient_accumulation_steps=training.accumulation)
     on_gpu = ours.device.type == "cuda"

@@ -1,149 +1,274 @@
-"""What the method does on the tiny world: several seeds, controls beside the effect, and collapses
-shown on purpose.
+"""What causes the effect: the runs of effect_rows.py on the tiny world, seed by seed.
 
-    python bench/effect.py [--seeds 42 43 44] [--validation] [--jobs 3]
+    python bench/effect.py --validation              # every row at each rate, on validation images
+    python bench/effect.py                           # at its best rate, on evaluation images
+    python bench/effect.py --rows sft --seeds 46 47 --jobs 2
+    python bench/effect_table.py                     # the tables of docs/results.md
 
-For every seed it makes world, tower, base and preference data anew, trains the runs below through
-train.py (fp32), asks POPE through eval_pope.py, and prints mean ± half the range over the seeds as
-Markdown. Settings were chosen with --validation, on other images than those of the tables in the
-README. It takes about 15 minutes a seed on two cores.
+Each seed has its own world, tower, base and preference pairs. A run goes through train.py's own
+functions, flag by flag as a user would type it, and is asked POPE's questions by eval_pope.py's.
+Each run appends a line to --output_dir/results.jsonl; what stands there is not made again, so rows
+and seeds can be added later, and an interrupted experiment goes on. Runs that read the same kept
+features follow each other in one process; --jobs processes work at the same time, each on one core
+and, where there are GPUs, on one of them.
 """
 import argparse
+import contextlib
+import dataclasses
 import json
+import multiprocessing
 import os
-import subprocess
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
+import traceback
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from checkpoints.load import Source, load_all
-from data import DESCRIBE, IMAGE, Example, PackedDataset
-from model import answer
-from tiny.world import hallucinated, well_formed
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Folder: (what the table calls it, flags of train.py). stage1 is the first, because stage2 starts
-# from it.
-RUNS = {
-    "stage1": ("stage 1", "--stage 1"),
-    "no_cross_attn": ("stage 1, block without cross-attention", "--stage 1 --block no_cross_attn"),
-    "stage2": ("stage 2 from stage 1", "--stage 2"),
-    "stage2_identity": ("stage 2 from the identity", "--stage 2 --init identity"),
-    "no_nll": ("stage 1 without the NLL term", "--stage 1 --sft_weight 0"),
-    "wrong_only": ("stage 1, only what the base got wrong, no NLL",
-                   "--stage 1 --no-keep_correct --sft_weight 0"),
-    "high_rate": ("stage 1, learning rate 3e-2, no NLL",
-                  "--stage 1 --learning_rate 3e-2 --sft_weight 0"),
-}
-COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio", "auc", "best_threshold",
-           "well_formed")
-TITLES = ("accuracy", "precision", "recall", "F1", "yes ratio", "AUC", "best threshold",
-          "well-formed")
-MAX_NEW_TOKENS = 40
+import train
+from bench.effect_asked import judge, judge_base
+from bench.effect_rows import (
+    FEW,
+    LADDER,
+    REFERENCE,
+    ROWS,
+    SEEDS,
+    STEPS,
+    VALIDATION_SEEDS,
+    best_rates,
+    read_results,
+)
+from model import Trunk
+from support.common import InputError, run_program
+from tiny import prepare
+from training.engine import configure, start_deepspeed
+from training.flags import parse_flags
 
-
-def run(*command):
-    """Run a command of ours in the repository's folder and show its output. Raises if it fails."""
-    subprocess.run([sys.executable, *command], check=True, cwd=HERE)
-
-
-def world_of(root, validation):
-    """The folder of the images that are asked about."""
-    return os.path.join(root, "world", "val" if validation else ".")
+BASE = "base"                   # the rows of the base itself: bench/effect_asked.py
+# The flags of --small: all of it in two minutes, to see that it runs.
+SMALL = ["--tiny_sizes", '{"sft": 64, "preference": 48, "validation": 8, "evaluation": 8}',
+         "--tiny_tower", '{"images": 64, "epochs": 1}', "--tiny_base_steps", "4"]
+SMALL_STEPS = 4
+AT_ONCE = 4                     # rows that follow each other in one process
 
 
-def ask(folders, root, validation, asked, max_new_tokens=MAX_NEW_TOKENS):
-    """POPE's numbers of checkpoints of one base → {split: {model: numbers}}, with the share of
-    well-formed answers. The answers are written to the folder `asked`.
-    """
-    world = world_of(root, validation)
-    run("eval_pope.py", *folders, "--no-bf16", "--coco_path", os.path.join(world, "coco"),
-        "--pope_path", os.path.join(world, "pope"), "--output_dir", asked,
-        "--max_new_tokens", str(max_new_tokens))
-    with open(os.path.join(asked, "metrics.json")) as file:
-        metrics = json.load(file)["metrics"]
-    for split, models in metrics.items():
-        for model, row in models.items():
-            with open(os.path.join(asked, f"{model}_{split}.jsonl")) as file:
-                answers = [json.loads(line) for line in file]
-            good = [well_formed(a["question"], a["answer"]) for a in answers]
-            row["well_formed"] = 100 * np.mean(good)
-    return metrics
+# ---- One run -------------------------------------------------------------------------------------
 
 
-def make_base(root, seed):
-    """A world, tower and base of a seed's own: the base that comes with the code is only one."""
-    run("train.py", "--stage", "0", "--seed", str(seed), "--output_dir", os.path.join(root, "base"))
+def run_train(flags):
+    """`train.py FLAGS`, in this process."""
+    args = parse_flags(flags)
+    deepspeed, device = start_deepspeed()
+    configure(args, deepspeed, device)
+    if not prepare.prepare_tiny_world(args, train.train, device):
+        train.train(args)
 
 
-def one_seed(root, seed, validation):
-    """Train and ask everything of one seed → {split: {folder: numbers}}."""
-    make_base(root, seed)
-    folders = [os.path.join(root, name) for name in RUNS]
-    for folder, (_, flags) in zip(folders, RUNS.values(), strict=True):
-        if not os.path.isdir(folder):
-            run("train.py", *flags.split(), "--no-bf16", "--seed", str(seed),
-                "--output_dir", folder)
-    asked = os.path.join(root, "validation" if validation else "pope")
-    return ask(folders, root, validation, asked)
+def root_of(output_dir, seed, projector):
+    return os.path.join(output_dir, f"seed{seed}" + (f"-projector{projector}" if projector else ""))
 
 
-def descriptions(root, validation):
-    """{model: percent of the objects named in descriptions that are not in the image}."""
-    with open(os.path.join(root, "world", "world.json")) as file:
-        truth = json.load(file)["validation" if validation else "evaluation"]
-    images = os.path.join(world_of(root, validation), "coco", "val2014")
-    folders = [os.path.join(root, name) for name in ("stage1", "no_cross_attn", "stage2")]
-    model = load_all(Source(folders), "cpu", None)
-    conversations = [[(f"{IMAGE}\n{DESCRIBE[0]}", None)]]
-    examples = [Example(os.path.join(images, name), conversations) for name in truth]
-    dataset = PackedDataset(examples, model.row_format())
-    result, answered = {}, dict(answer(model, dataset, MAX_NEW_TOKENS, batch_size=64))
-    for n, name in enumerate(model.heads):
-        said = [(answered[i][n][0][0], facts["objects"]) for i, facts in enumerate(truth.values())]
-        wrong = sum(len(hallucinated(text, objects)) for text, objects in said)
-        named = sum(len(hallucinated(text, [])) for text, _ in said)
-        result[name] = 100 * wrong / max(1, named)
-    return result
+def make_base(root, seed, projector, small):
+    if not os.path.isdir(os.path.join(root, "base")):
+        width = ["--tiny_projector", str(projector)] if projector else []
+        run_train(["--stage", "0", "--seed", str(seed), *width, *(SMALL if small else ()),
+                   "--output_dir", os.path.join(root, "base")])
 
 
-def spread(values):
-    """Mean ± half the range."""
-    return f"{np.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+def make_pairs(root, flags):
+    """Flags of train.py that name the pairs which tiny.prepare makes of `flags`."""
+    if not flags:
+        return []
+    folder = os.path.join(root, "pairs" + flags.replace(" ", "").replace("--", "-"))
+    if not os.path.isdir(folder):
+        partial = f"{folder}.{os.getpid()}.partial"     # another process may make the same
+        prepare.main([os.path.join(root, "base"), "--output", partial, *flags.split()])
+        with contextlib.suppress(OSError):
+            os.rename(partial, folder)
+    return ["--desc_data_path", f"{folder}/desc_data.json",
+            "--pope_data_path", f"{folder}/pope_data.json"]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+def train_row(root, seed, name, rate, steps):
+    """Train one row at one learning rate, for `row.steps` of `steps` → its checkpoint."""
+    if ROWS[name].image == "test":
+        name = REFERENCE                                # only what is asked differs
+    row, folder = ROWS[name], os.path.join(root, f"{name}-{rate:g}")
+    if os.path.isdir(folder):
+        return folder
+    common = ["--no-bf16", "--seed", str(seed), "--learning_rate", str(rate),
+              "--dataloader_num_workers", "0", "--max_steps", str(max(1, round(row.steps * steps))),
+              "--cache_features", os.path.join(root, f"features{os.getpid()}"),
+              *make_pairs(root, row.pairs)]
+    start = []
+    if row.first:
+        run_train([*row.first.split(), *common, "--output_dir", f"{folder}-first"])
+        start = ["--init", f"{folder}-first"]
+    with another_image() if row.image == "always" else contextlib.nullcontext():
+        run_train([*row.flags.split(), *start, *common, "--output_dir", folder])
+    return folder
+
+
+@contextlib.contextmanager
+def another_image():
+    """In training the block sees the features of the next image instead of the row's own."""
+    keep = train.keep_features
+
+    def shifted(*args):
+        kept = keep(*args)
+        kept.image_index = (kept.image_index + 1) % (kept.image_index.max() + 1)
+        return kept
+
+    train.keep_features = shifted
+    try:
+        yield
+    finally:
+        train.keep_features = keep
+
+
+@contextlib.contextmanager
+def another_image_asked():
+    """While it is asked, too: the features of the next image of the batch."""
+    context = Trunk.image_context
+    Trunk.image_context = lambda *args: context(*args).roll(1, 0)
+    try:
+        yield
+    finally:
+        Trunk.image_context = context
+
+
+# ---- Work ----------------------------------------------------------------------------------------
+
+
+def kind_of(name):
+    """Rows of a kind read the same kept features."""
+    row = ROWS[name]
+    block = [word for word in ("self_attn", "align_after_align") if word in row.flags]
+    return row.projector, row.pairs, "sft" in row.flags, "no-keep_correct" in row.flags, *block
+
+
+@dataclasses.dataclass(order=True)
+class Task:
+    """Rows of one seed that read the same kept features; `rows` empty: its base is made."""
+    priority: int                           # 0 a base, 1 rows that carry a claim, 2 the others
+    seed: int
+    projector: int
+    rows: list = dataclasses.field(default_factory=list)            # (row, rate), in this order
+
+
+def tasks_of(args, done):
+    """What is missing, as Tasks: the bases, {(seed, projector): [what starts from it]}."""
+    rates = {} if args.validation else best_rates(read_results(args.output_dir))
+    groups = {}
+    for name in args.rows:
+        row = ROWS.get(name)
+        seeds = args.seeds or (VALIDATION_SEEDS if args.validation else
+                               SEEDS if row is None or row.claim else FEW)
+        of_row = LADDER if args.validation else (rates.get(name),)
+        if row is None or row.rate:
+            of_row = (row.rate if row else 0,)
+        if None in of_row:
+            of = REFERENCE if row.image == "test" else name         # whose rate it has
+            raise InputError(f"{name}: {args.output_dir}/results.jsonl knows no rate of it; run "
+                             f"--validation --rows {of} first")
+        priority = 1 if row is None or row.claim else 2
+        for seed in seeds:
+            key = priority, seed, row.projector if row else 0, kind_of(name) if row else BASE
+            groups.setdefault(key, []).extend(
+                (name, rate) for rate in of_row if (name, seed, rate, args.validation) not in done)
+    behind = {}
+    for (priority, seed, projector, _), rows in groups.items():
+        for start in range(0, len(rows), AT_ONCE):
+            task = Task(priority, seed, projector, rows[start:start + AT_ONCE])
+            behind.setdefault((seed, projector), []).append(task)
+    return [Task(0, *key) for key in behind], behind
+
+
+def begin(counter, gpus, logs):
+    """Start of a worker: its core, its GPU, and a file for what it prints."""
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+    torch.set_num_threads(1)
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+    log = os.open(os.path.join(logs, f"{number}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+
+
+def work_on(args, task):
+    """Make a base, or train and ask rows → how many failed, which the log tells."""
+    root, failed = root_of(args.output_dir, task.seed, task.projector), 0
+    if not task.rows:
+        make_base(root, task.seed, task.projector, args.small)
+    for name, rate in task.rows:
+        try:
+            if name == BASE:
+                lines = judge_base(root, args.validation)
+            else:
+                steps = SMALL_STEPS if args.small else STEPS
+                folder = train_row(root, task.seed, name, rate, steps)
+                with another_image_asked() if ROWS[name].image else contextlib.nullcontext():
+                    lines = {name: judge(root, folder, args.validation)}
+        except Exception:       # one row must not end the others
+            traceback.print_exc()
+            failed += 1
+            continue
+        text = "".join(json.dumps({"row": row, "seed": task.seed, "rate": rate,
+                                   "validation": args.validation, **line}) + "\n"
+                       for row, line in lines.items())
+        with open(os.path.join(args.output_dir, "results.jsonl"), "a") as file:
+            file.write(text)
+    shutil.rmtree(os.path.join(root, f"features{os.getpid()}"), ignore_errors=True)
+    return failed
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--rows", nargs="+", default=[BASE, *ROWS], choices=[BASE, *ROWS],
+                        metavar="ROW", help="default: all of bench/effect_rows.py, and the base")
+    parser.add_argument("--seeds", type=int, nargs="+",
+                        help="default: 46 to 61 for rows that carry a claim, else 46 to 51; with "
+                             "--validation 42 and 43")
+    parser.add_argument("--validation", action="store_true",
+                        help="each row at each rate of the ladder, asked about validation images")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at the same time; default 1")
+    parser.add_argument("--small", action="store_true", help="a world, a base and runs of no use, "
+                                                             "to see that everything runs")
     parser.add_argument("--output_dir", default=os.path.join("out", "effect"))
-    parser.add_argument("--validation", action="store_true", help="ask about the validation images")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time")
-    args = parser.parse_args()
-    os.chdir(HERE)
-    roots = [os.path.join(args.output_dir, f"seed{seed}") for seed in args.seeds]
+    args = parser.parse_args(argv)
+    logs = os.path.join(args.output_dir, "logs")
+    os.makedirs(logs, exist_ok=True)
+    done = {(line["row"], line["seed"], line["rate"], line["validation"])
+            for line in read_results(args.output_dir)}
+    ready, behind = tasks_of(args, done)
+    total, failed = sum(len(task.rows) for tasks in behind.values() for task in tasks), 0
 
-    def of_seed(root, seed):
-        return one_seed(root, seed, args.validation)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(of_seed, roots, args.seeds))
-    names = {"base": "base"} | {folder: name for folder, (name, _) in RUNS.items()}
-    images = "validation" if args.validation else "evaluation"
-    seeds = ", ".join(map(str, args.seeds))
-    for split in results[0]:
-        print(f"\n{split}, {images} images, seeds {seeds}\n")
-        print(f"| model | {' | '.join(TITLES)} |")
-        print("|---" * (len(TITLES) + 1) + "|")
-        for model, name in names.items():
-            cells = [spread([r[split][model][c] for r in results]) for c in COLUMNS]
-            print(f"| {name} | {' | '.join(cells)} |")
-    told = [descriptions(root, args.validation) for root in roots]
-    percents = [f"{names[m]} {spread([t[m] for t in told])}" for m in told[0]]
-    print("\nobjects named in descriptions that are not in the image, percent: "
-          + ", ".join(percents))
+    # The bases first; when one is there, all that starts from it is ready.
+    spawn = multiprocessing.get_context("spawn")
+    start = spawn.Value("i", 0), torch.cuda.device_count(), logs
+    with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
+            tqdm(total=total, desc="rows", unit="row") as bar:
+        running = {}
+        while ready or running:
+            ready.sort(reverse=True)
+            while ready and len(running) < args.jobs:
+                task = ready.pop()
+                running[pool.submit(work_on, args, task)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                failed += future.result()
+                bar.update(len(task.rows))
+                ready += [] if task.rows else behind[task.seed, task.projector]
+    print(f"{total - failed} rows in {args.output_dir}/results.jsonl"
+          + f"; {failed} failed, see {logs}" * bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

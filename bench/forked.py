@@ -17,17 +17,18 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # the same bytes on every machine
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["MASTER_PORT"] = "0"                     # each takes a free one
-import deepspeed  # noqa: F401  (so that no forked process imports it)
+import deepspeed  # noqa: F401  (so that no forked process imports these two)
 import torch
+import torch._dynamo  # noqa: F401
 
 import eval_pope
 import train
+from bench.ending import ending, leave
 from support.common import run_program
 
 MAINS = {"train.py": train.main, "eval_pope.py": eval_pope.main}
@@ -78,7 +79,7 @@ def run_forked(command, kill=None, file_limit=None):
             try:
                 code = inside(command, kill, file_limit, log, count)
             finally:
-                os._exit(code)
+                leave(code)
         if kill and kill.seconds is not None:
             time.sleep(kill.seconds)
             with contextlib.suppress(ProcessLookupError):
@@ -110,16 +111,8 @@ def inside(command, kill, file_limit, log, count):
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     moments = watch(kill)
-    code, sys.argv = 0, list(command)
-    try:
-        run_program(MAINS[command[0]])
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        if isinstance(e.code, str):
-            print(e.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    sys.argv = list(command)
+    code = ending(lambda: run_program(MAINS[command[0]]))
     if file_limit is None:
         os.write(count.fileno(), str(len(moments)).encode())
     return code

@@ -19,15 +19,19 @@ one seed and other images, to span too low, right and too high. The variants' ra
 times the notes', LoRA's 10 to 100 times HA-DPO's. SFT's span a factor of 100, and none is right.
 """
 import argparse
+import json
 import os
+import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from bench.effect import COLUMNS, HERE, ask, make_base, run, spread
 from eval_pope import COLUMNS as TITLES
 from support.common import run_program
+from tiny.world import well_formed
 from tools.plots import draw_sweep
 from training.flags import combinations, parse_flags
 
@@ -40,12 +44,50 @@ TABLES = {
                  "variants-head": f"--tune lm_head {PUBLISHED} {RATES} 1e-3"},
     "lora": {"lora": f"--lora_r 16 --lora_alpha 32 {PUBLISHED} {RATES}"},
     "sft": {"sft": "--tune post_decoder --loss sft --num_train_epochs 1 "
-                   "--learning_rate 5e-5 2e-4 5e-4 5e-3"}}
+                   "--data_path {root}/world/llava/train.json --image_folder "
+                   "{root}/world/llava/images --learning_rate 5e-5 2e-4 5e-4 5e-3"}}
 NOTES = {"full": "post interaction", "align_linear": "align MLP → linear",
          "align_after_align": "MLP after MLP", "self_attn": "TransformerBlock",
          "no_cross_attn": "no cross-attention", "no_cross_attn_v2": "no cross-attention v2"}
 CONTROL = "base with its best single threshold (control)"
 MAX_NEW_TOKENS = 12
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio", "auc", "best_threshold",
+           "well_formed")
+
+
+def run(*command):
+    """Run a command of ours in the repository's folder and show its output. Raises if it fails."""
+    subprocess.run([sys.executable, *command], check=True, cwd=HERE)
+
+
+def world_of(root, validation):
+    """The folder of the images that are asked about."""
+    return os.path.join(root, "world", "val" if validation else ".")
+
+
+def ask(folders, root, validation, asked):
+    """POPE's numbers of checkpoints of one base → {split: {model: numbers}}, with the share of
+    well-formed answers. The answers are written to the folder `asked`.
+    """
+    world = world_of(root, validation)
+    run("eval_pope.py", *folders, "--no-bf16", "--coco_path", os.path.join(world, "coco"),
+        "--pope_path", os.path.join(world, "pope"), "--output_dir", asked,
+        "--max_new_tokens", str(MAX_NEW_TOKENS))
+    with open(os.path.join(asked, "metrics.json")) as file:
+        metrics = json.load(file)["metrics"]
+    for split, models in metrics.items():
+        for model, row in models.items():
+            with open(os.path.join(asked, f"{model}_{split}.jsonl")) as file:
+                answers = [json.loads(line) for line in file]
+            good = [well_formed(a["question"], a["answer"]) for a in answers]
+            row["well_formed"] = 100 * np.mean(good)
+    return metrics
+
+
+def make_base(root, seed):
+    """A world, tower and base of a seed's own: the base that comes with the code is only one."""
+    run("train.py", "--stage", "0", "--seed", str(seed), "--output_dir", os.path.join(root, "base"))
 
 
 def one_seed(table, root, seed, validation, more):
@@ -55,7 +97,7 @@ def one_seed(table, root, seed, validation, more):
     runs = {}
     make_base(root, seed)
     for name, flags in TABLES[table].items():
-        command = [*flags.split(), "--no-bf16", "--seed", str(seed),
+        command = [*flags.format(root=root).split(), "--no-bf16", "--seed", str(seed),
                    "--output_dir", os.path.join(root, name), *more]
         run("train.py", *command, "--resume")           # what is finished is left as it is
         runs |= {one.output_dir: one for one in combinations(parse_flags(command))}
@@ -67,7 +109,7 @@ def one_seed(table, root, seed, validation, more):
         groups = {os.path.join(asked, str(n)): [folder] for n, folder in enumerate(alone)}
     found = defaultdict(dict)
     for folder, group in groups.items():
-        results = ask(group, root, validation, folder, MAX_NEW_TOKENS)
+        results = ask(group, root, validation, folder)
         for split, models in results.items():
             for model, numbers in models.items():
                 path = group[0] if model == "adapter" else os.path.join(root, model)
@@ -83,6 +125,11 @@ def key_of(run):
         return f"LoRA r {run.lora_r}", run.learning_rate
     trained = NOTES[run.block] if "post_decoder" in run.tune else "head"
     return trained, run.learning_rate
+
+
+def spread(values):
+    """Mean ± half the range."""
+    return f"{np.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
 
 
 def markdown(results):

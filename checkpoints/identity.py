@@ -79,7 +79,7 @@ def base_of_model(model):
 def data_digest(examples, tokenizer):
     """A digest of the rows and of the tokenizer that reads them. Images count by their paths.
 
-    `examples`: a list of Example, or a sequence that stays on disk and has a `path` and an
+    `examples`: a list of Example, or a sequence that stays on disk and has `paths` and an
     `image_folder`.
     """
     digest = hashlib.sha256(file_digest(tokenizer.path).encode())
@@ -87,7 +87,8 @@ def data_digest(examples, tokenizer):
         for example in examples:
             digest.update(f"{example.image}{example.conversations}".encode())
     else:
-        digest.update(f"{file_digest(examples.path)}{examples.image_folder}".encode())
+        files = "".join(map(file_digest, examples.paths))
+        digest.update(f"{files}{examples.image_folder}".encode())
     return digest.hexdigest()
 
 

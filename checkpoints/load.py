@@ -8,7 +8,8 @@ A base is a whole model, in LLaVA's layout or Hugging Face's (layouts.py). A tra
 folder with `config.json` (what it is, its base and what identifies that: identity.py),
 `trained.safetensors` (only what was trained) and `tokenizer.model`, or the training notes'
 `non_lora_trainables.bin`. A LoRA adapter, ours or peft's, changes the base into another base
-(adapters.py). What a folder is follows from what it holds.
+(adapters.py). What a folder is follows from what it holds. Every path may also be a name on the
+Hugging Face hub (hub.py).
 
 Modules are filled tensor by tensor (weights.py), and names and shapes are compared before anything
 is read. A trunk whose outputs are kept (training/features.py) stays in its files:
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from checkpoints.adapters import read_adapter, with_tied_head
+from checkpoints.hub import CONFIGS, folder_of, is_name, pinned
 from checkpoints.identity import fingerprint, refuse_other_base
 from checkpoints.layouts import (
     OURS,
@@ -41,7 +43,7 @@ from clip_vit import TOWER
 from data import Tokenizer
 from model import Head, Llava, LlavaConfig, Trunk
 from post_decoder import BlockConfig
-from support.common import InputError, check_file, read_json
+from support.common import InputError, check_file, file_digest, read_json
 from support.tensors import LazyTensor, read_file, refuse_gguf
 
 # ---- Bases ---------------------------------------------------------------------------------------
@@ -55,6 +57,7 @@ def holds_model(path):
 
 def checkpoint_type(path):
     """What a path holds: "base", "trained" (ours), "adapter" (LoRA) or "seed" (the notes' file)."""
+    path = folder_of(path)
     if os.path.isfile(path):
         if path.endswith(".gguf"):
             refuse_gguf(path)
@@ -67,8 +70,10 @@ def checkpoint_type(path):
 
 
 def read_config(folder):
+    folder = folder_of(folder)
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; a local path is meant (nothing is downloaded)")
+        raise InputError(f"{folder}: no such folder; check the path (a name on the Hugging Face "
+                         "hub is OWNER/NAME)")
     return read_json(os.path.join(folder, "config.json"), dict)
 
 
@@ -131,6 +136,7 @@ class BaseFiles:
 
 def read_base(folder, vision_tower=None, adapter=None):
     """A base's folder → BaseFiles. `adapter`: an Adapter whose config.json may count instead."""
+    folder = folder_of(folder)
     path = os.path.join(folder, "config.json")
     values = read_config(folder)
     refuse_quantised(values, path)
@@ -157,7 +163,7 @@ def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None,
     dtype None keeps that of the files. With read_trunk=False the trunk stays on the meta device
     until `load_weights` reads it. Most mistakes are an InputError before any weights are read.
     """
-    adapter = read_adapter(adapter) if adapter else None
+    adapter = read_adapter(folder_of(adapter)) if adapter else None
     files = read_base(folder, vision_tower, adapter)
     if adapter:
         files = files.with_adapter(adapter, dtype)
@@ -188,9 +194,12 @@ def base_of(path, named=None):
     if what == "trained":
         base = typed(read_config(path), "base", str, os.path.join(path, "config.json"))
     elif what == "adapter":
-        file = os.path.join(path, "adapter_config.json")
-        base = typed(read_json(file, dict), "base_model_name_or_path", str, file)
-        if base and not os.path.isdir(base):        # peft also writes names of the Hugging Face hub
+        file = os.path.join(folder_of(path), "adapter_config.json")
+        values = read_json(file, dict)
+        base = typed(values, "base_model_name_or_path", str, file)
+        if base and is_name(base):
+            base += f"@{values['revision']}" if values.get("revision") else ""
+        elif base and not os.path.isdir(base):
             base, reason = None, f" ({base} is no folder here)"
     if not base:
         raise InputError(f"{path}: does not say which base it belongs to{reason}; name it with "
@@ -200,7 +209,7 @@ def base_of(path, named=None):
 
 def tower_of(path, named=None):
     """The tower that the user or a checkpoint of ours names, or None: then the base has one."""
-    config = os.path.join(path, "config.json")
+    config = os.path.join(folder_of(path), "config.json")
     if named or not os.path.isfile(config):
         return named
     values = read_json(config, dict)
@@ -212,6 +221,7 @@ def load_trained(path, base, dtype=None, device="cpu"):
 
     If lm_head was not trained, the head uses the base's own tensor, without a copy.
     """
+    path = folder_of(path)
     if checkpoint_type(path) == "seed":
         file = os.path.join(path, SEED_FILE) if os.path.isdir(path) else path
         block_config, tensors = read_seed_file(file, base.config)
@@ -233,6 +243,16 @@ def load_trained(path, base, dtype=None, device="cpu"):
     return head
 
 
+def weights_of(path):
+    """{name: digest} of the files that make a trained checkpoint or an adapter what it is."""
+    path = folder_of(path)
+    paths = [path]
+    if os.path.isdir(path):
+        paths = [os.path.join(path, name) for name in os.listdir(path)
+                 if name.endswith((".safetensors", ".bin")) or name in CONFIGS]
+    return {os.path.basename(path): file_digest(path) for path in paths}
+
+
 # ---- Several checkpoints -------------------------------------------------------------------------
 
 
@@ -250,7 +270,7 @@ def checkpoints_among(paths):
     A glob such as out/* also names the base, which each checkpoint names itself, and folders that
     hold no model. One line says what is left out.
     """
-    paths = list(dict.fromkeys(path.rstrip("/") for path in paths))
+    paths = list(dict.fromkeys(pinned(path.rstrip("/")) for path in paths))
     types = {path: checkpoint_type(path) if holds_model(path) else None for path in paths}
     chosen = [path for path in paths if types[path] not in ("base", None)]
     chosen = chosen or [path for path in paths if types[path]]
@@ -290,7 +310,7 @@ def load_all(source, device, dtype):
 def names_of(paths, taken):
     """A name for each path, unlike all others and unlike those `taken`: its last part, if it can.
     """
-    names = [os.path.basename(path) for path in paths]
+    names = [os.path.basename(path).partition("@")[0] for path in paths]
     if len(set(names)) < len(names):        # two runs may have a folder of the same name
         names = [path.replace("/", "-").lstrip(".-") for path in paths]
     used = set(taken)

@@ -10,6 +10,8 @@ import os
 import shutil
 from dataclasses import asdict
 
+from checkpoints.card import refuse_other_readme, write_card
+from checkpoints.hub import is_name
 from checkpoints.layouts import OURS, TRAINED_FILE
 from llama import LINEARS
 from support.common import InputError, read_json, say, write_json
@@ -19,15 +21,17 @@ from support.tensors import write_tensors
 # What may lie in a folder that is replaced, and what of it stays: results of evaluations.
 OWN_FILES = {name: None for name in (
     "config.json", TRAINED_FILE, "adapter_config.json", "adapter_model.safetensors",
-    "tokenizer.model", "metrics.jsonl", "training.svg", "model.safetensors", "*.partial")}
+    "tokenizer.model", "metrics.jsonl", "training.svg", "model.safetensors", "README.md",
+    "*.partial")}
 OWN_FILES["vision_tower"] = {name: None for name in (
     "config.json", "preprocessor_config.json", "model.safetensors")}
-RESULTS = {"pope": "*"}
+RESULTS = {"pope": "*", "chair": "*", "shr": "*"}
 
 
 def check_output_folder(folder):
     """Before training: InputError where a checkpoint cannot be written, or replaces another's."""
     check_output(folder, OWN_FILES, RESULTS)
+    refuse_other_readme(folder)
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         return
@@ -81,6 +85,8 @@ def save_base(folder, model, tensors=None, arguments=None, identity=None):
         write_tensors(os.path.join(partial, "model.safetensors"), rest)
         write_tensors(os.path.join(in_tower, "model.safetensors"), tower)
         shutil.copyfile(model.tokenizer.path, os.path.join(partial, "tokenizer.model"))
+        if arguments:
+            write_card(partial, os.path.basename(folder), values)
 
     replace_folder(folder, fill, OWN_FILES, RESULTS)
 
@@ -100,8 +106,11 @@ def adapter_config(info):
     `target_modules` is a pattern of LLaMA's layers, because CLIP's linears have the same names.
     """
     arguments = info["arguments"]
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": info["base"], "inference_mode": True,
+    base = {"base_model_name_or_path": info["base"]}
+    if info["base"] and is_name(info["base"]):          # of the hub: OWNER/NAME@REVISION
+        base["base_model_name_or_path"], _, base["revision"] = info["base"].partition("@")
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", **base,
+            "inference_mode": True,
             "r": arguments["lora_r"], "lora_alpha": arguments["lora_alpha"],
             "lora_dropout": arguments["lora_dropout"], "bias": "none",
             "fan_in_fan_out": False, "modules_to_save": None,
@@ -131,5 +140,7 @@ def save_trained(folder, tensors, info, tokenizer):
             write_json(os.path.join(partial, "adapter_config.json"), adapter_config(info))
         write_json(os.path.join(partial, "config.json"), {"model_type": OURS, **info})
         shutil.copyfile(tokenizer.path, os.path.join(partial, "tokenizer.model"))
+        if info.get("arguments"):
+            write_card(partial, os.path.basename(folder), info)
 
     replace_folder(folder, fill, OWN_FILES, RESULTS)

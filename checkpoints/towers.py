@@ -9,6 +9,7 @@ Follows huggingface/transformers: its config.json and preprocessor_config.json.
 import os
 from dataclasses import dataclass
 
+from checkpoints.hub import folder_of
 from checkpoints.layouts import pick, read_tensors, refuse_others, refuse_uneven, typed
 from checkpoints.openclip import read_open_clip
 from clip_vit import ACTIVATIONS, TOWER, CLIPVisionConfig
@@ -55,6 +56,11 @@ def find_tower(folder, values, inside, name):
     if name is None:
         raise InputError(f"{path}: names no mm_vision_tower; name CLIP's folder with "
                          "--vision_tower")
+    try:
+        name = folder_of(name)
+    except InputError as e:
+        raise InputError(f"vision tower {e}, with --vision_tower") from e
+    found = found or (name if os.path.isdir(name) else None)
     if found is None and not name.startswith("open_clip:"):
         raise InputError(f"vision tower {name}: no such folder; name CLIP's folder (config.json "
                          "and weights) with --vision_tower")

@@ -15,6 +15,7 @@ import math
 import os
 from collections import Counter
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 from eval_pope import PROTOCOLS, measure, table
 from support.common import InputError, field, run_program
 from support.questions import SPLITS, question_files, read_list, read_pope

@@ -2,7 +2,7 @@
 
     path = below("images", "VG_100K/1.jpg", "talk.json, row 7")    # never outside of "images"
     check_images(paths)                     # before long work: are they all there, and whole?
-    image = open_image(path)                # as a person sees it, in RGB
+    image = open_image(path)                # as a person sees it, in RGB; also an ImageInFile
     image = fit_thin(image, 336)            # a very thin one, scaled without filling the memory
 
 The model shall see what a person sees, so PIL's conversion to RGB, which LLaVA uses, is corrected
@@ -11,6 +11,7 @@ cannot be read is an InputError with the true reason.
 
 `fit_thin` follows `Resample.c` of python-pillow/Pillow, to the same pixels.
 """
+import io
 import os
 import re
 import warnings
@@ -58,15 +59,24 @@ def below(folder, name, place):
 # ---- Files ---------------------------------------------------------------------------------------
 
 
+class ImageInFile(str):
+    """A picture that stands in a row of another file: the row's place. `read()` gives its bytes."""
+    read = None
+
+
 @contextmanager
 def opened(path):
     """A picture file, opened by PIL. InputError with the reason, also for what is done with it."""
-    refuse_other_spelling(path)
-    check_file(path)
-    if not os.path.getsize(path):
-        raise InputError(f"{path}: is empty; download it again")
+    source = path
+    if isinstance(path, ImageInFile):
+        source = io.BytesIO(path.read())
+    else:
+        refuse_other_spelling(path)
+        check_file(path)
+        if not os.path.getsize(path):
+            raise InputError(f"{path}: is empty; download it again")
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             grey_bits(file, path)
             yield file
     except InputError:
@@ -143,6 +153,9 @@ def are_absent(paths):
     """
     listings = {}
     for path in paths:
+        if isinstance(path, ImageInFile):
+            yield None                      # the row was read, so it is there
+            continue
         folder, name = os.path.split(path)
         if folder not in listings:
             there = folder or "."

@@ -38,4 +38,5 @@ def ignore_signals(worker):
 
 def spare_cores():
     """How many worker processes prepare batches by default: at most 8, and none without a GPU."""
-    return min(8, os.cpu_count() - 1) if torch.cuda.is_available() else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores - 1) if torch.cuda.is_available() else 0

@@ -5,20 +5,17 @@ without it.
 """
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import threading
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # numbers are proved in fp32 on the CPU, everywhere
+os.environ["HF_HUB_OFFLINE"] = "1"          # no name is looked up; tests/hub_stand_in.py stands in
 
 import pytest
 import sentencepiece
 import torch
 import torch.distributed as dist
+from programs import SERVER, TwoProcesses, free_port
 
 import train
 from checkpoints.load import fingerprint
@@ -29,12 +26,25 @@ from llama import LlamaConfig
 from model import Head, Llava, LlavaConfig, Trunk
 from post_decoder import VARIANTS
 from tiny import world as tiny_world
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tiny.preferences import write_preferences
 
 # A shell's background jobs, and their children, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)        # everything here is too small to be worth a second one
+
+
+# The files that take longest, which begin first: several processes then end at the same time.
+SLOW = ("test_cli", "test_bench", "test_engine", "test_resume", "test_train", "test_prepare",
+        "test_packed", "test_chat", "test_lora", "test_load", "test_merge", "test_faults",
+        "test_pitfalls", "test_report", "test_out_of_memory", "test_kept_files", "test_plots")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False      # or pytest-xdist has an order of its own
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 # ---- Numbers and modules -------------------------------------------------------------------------
@@ -115,18 +125,25 @@ def world(tmp_path_factory):
             answers[image["image_id"], question["question"]] = said
         described = "The image shows a park with a kite and a ball."
         answers[image["image_id"], image.get("describe")] = described
-    tiny_world.write_preferences(folder, answers)
+    write_preferences(folder, answers)
 
     tokenizer = Tokenizer(f"{folder}/tokenizer.model")
     torch.manual_seed(0)
     config = small_config(vocab_size=len(tokenizer))
     trunk, head = Trunk(config), Head(config)
     save_base(base, Llava(shake(trunk), {"base": shake(head)}, tokenizer, None, ""))
-    return SimpleNamespace(
+    before = files_below(root)
+    yield SimpleNamespace(
         folder=folder, base=base, tokenizer=f"{folder}/tokenizer.model", vg=f"{folder}/VG",
         coco=f"{folder}/coco", pope=f"{folder}/pope", desc=f"{folder}/hadpo/desc_data.json",
         pairs=f"{folder}/hadpo/pope_data.json", llava=f"{folder}/llava/train.json",
         images=f"{folder}/llava/images")
+    assert files_below(root) == before, "a test has written into the session's world or base"
+
+
+def files_below(folder):
+    """{path: (size, time of the last change)}"""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="session")
@@ -162,39 +179,6 @@ def dpo_flags(world):
 # ---- Programs ------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def shell(*command, cwd=ROOT):
-    """Type a command; returns what subprocess.run does.
-
-    `python`, `deepspeed` and `torchrun` are this environment's.
-    """
-    port = free_port()
-    folder = os.path.dirname(sys.executable)
-    path = folder + os.pathsep + os.environ["PATH"]
-    program, *rest = map(str, command)
-    deepspeed = shutil.which("deepspeed", path=path) or "deepspeed"
-    programs = {"python": [sys.executable],
-                "torchrun": [sys.executable, "-m", "torch.distributed.run", "--master_port", port],
-                "deepspeed": [deepspeed, "--master_port", port]}
-    foreign = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "DS_ACCELERATOR")
-    environment = {name: value for name, value in os.environ.items() if name not in foreign}
-    environment |= {"OMP_NUM_THREADS": "1", "MASTER_PORT": port, "PATH": path}
-    return subprocess.run([*programs[program], *rest], cwd=cwd, env=environment,
-                          capture_output=True, text=True, timeout=200)
-
-
-def succeeds(*command, cwd=ROOT):
-    done = shell(*command, cwd=cwd)
-    typed = " ".join(map(str, command))
-    assert done.returncode == 0, f"{typed}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 @pytest.fixture(scope="session")
 def in_this_process():
     """DeepSpeed as one process, here, so that a run's modules can be looked at afterwards.
@@ -219,77 +203,10 @@ def run_train(*flags):
     return args
 
 
-WAITING = """
-import json, sys, train
-for line in sys.stdin:
-    sys.argv, code = ["train.py", *json.loads(line)], 0
-    try:
-        train.train(train.parse_flags())
-    except train.InputError as e:
-        print("error:", e)
-        code = 1
-    except SystemExit as e:
-        code = e.code
-    print(f"\\nexit {code}", flush=True)
-"""
-
-
-class TwoProcesses:
-    """Two processes that run one command line of train.py after the other: `two(*flags)`.
-
-    To start them takes longest, so they stay.
-    """
-
-    def __init__(self):
-        self.processes = []
-
-    def start(self):
-        both = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-                "WORLD_SIZE": "2"}
-        self.processes = [
-            subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, text=True,
-                             env=os.environ | both | {"RANK": rank, "LOCAL_RANK": rank},
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT)
-            for rank in ("0", "1")]
-
-    def begin(self, *flags):
-        """Let both begin a run; new ones, where one has ended over the run before."""
-        if not self.processes or any(process.poll() is not None for process in self.processes):
-            self.kill()
-            self.start()
-        for process in self.processes:
-            print(json.dumps([str(flag) for flag in flags]), file=process.stdin, flush=True)
-
-    def end(self):
-        """Wait for both → (how it ended, what it said) of each.
-
-        How it ended is "exit 0", and "" where the process itself has ended.
-        """
-        clock, ends = threading.Timer(200, self.kill), []
-        clock.start()
-        for process in self.processes:
-            said = ""
-            while (line := process.stdout.readline()) and not line.startswith("exit "):
-                said += line
-            ends.append((line.strip(), said))
-        clock.cancel()
-        return ends
-
-    def __call__(self, *flags):
-        self.begin(*flags)
-        ends = self.end()
-        said = "\n".join(said[-3000:] for _, said in ends)
-        assert [how for how, _ in ends] == ["exit 0", "exit 0"], said
-        return ends[0][1]
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-
-
 @pytest.fixture(scope="session")
 def two():
-    processes = TwoProcesses()
-    yield processes
-    processes.kill()
+    return TwoProcesses()
+
+
+def pytest_sessionfinish():
+    SERVER.stop()

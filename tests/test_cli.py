@@ -9,11 +9,11 @@ import os
 import re
 import shlex
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import pytest
-from conftest import ROOT, dpo_flags, load_json, shell, succeeds
+from conftest import dpo_flags, load_json
+from programs import ROOT, shell, succeeds
 
 TINY = ["--tiny_sizes", '{"sft": 64, "preference": 24, "validation": 2, "evaluation": 6}',
         "--tiny_tower", '{"images": 64, "epochs": 1}', "--tiny_base_steps", 3, "--max_steps", 3]
@@ -22,9 +22,12 @@ TRAIN, EVAL = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "eval_pope.py")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Stage 1 and stage 2 in an empty folder → (folder, what each run printed)."""
+    """Stage 1 and stage 2 in an empty folder, by DeepSpeed's launcher, on one process and on two
+    → (folder, what each run printed).
+    """
     folder = tmp_path_factory.mktemp("user")
-    said = [succeeds("deepspeed", TRAIN, "--stage", stage, *TINY, cwd=folder) for stage in (1, 2)]
+    said = [succeeds("deepspeed", "--num_gpus", stage, TRAIN, "--stage", stage, *TINY, cwd=folder,
+                     fresh=stage == 1) for stage in (1, 2)]
     return folder, said
 
 
@@ -43,7 +46,7 @@ def evaluated(trained):
     assert {"out/base/", "out/features/", "out/stage1/", "out/stage2/", "out/world/"} < set(beside)
     command = [EVAL, *beside, "--max_new_tokens", 12]
     two = ["torchrun", "--nproc_per_node", 2, *command, "--output_dir", "two", "--batch_size", 2]
-    return (succeeds("python", *command, "--output_dir", "one", cwd=folder),
+    return (succeeds("python", *command, "--output_dir", "one", cwd=folder, fresh=True),
             succeeds(*two, cwd=folder))
 
 
@@ -55,7 +58,8 @@ def read_lines(path):
 def test_training_in_an_empty_folder(trained):
     folder, (first, second) = trained
     assert sorted(os.listdir(folder / "out" / "stage1")) == [
-        "config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors", "training.svg"]
+        "README.md", "config.json", "metrics.jsonl", "tokenizer.model", "trained.safetensors",
+        "training.svg"]
     for part in ("world", "base", "stage1", "stage2"):
         assert os.path.isdir(folder / "out" / part)
     assert not glob(str(folder / "**" / "*.partial"), recursive=True)
@@ -190,7 +194,7 @@ MISTAKES = {  # what: (program and flags that differ from right ones, what the e
 
 @pytest.fixture(scope="module")
 def answered(world, bad, tmp_path_factory):
-    """All of them, two at a time, each in an empty folder → {what: (finished process, folder)}"""
+    """All of them, each in an empty folder → {what: (finished process, folder)}"""
     flags = dpo_flags(world)
     names = [flag.removeprefix("--") for flag in flags[::2]]
     right = {"train": dict(zip(names, flags[1::2], strict=True)) | {"stage": 1},
@@ -208,8 +212,7 @@ def answered(world, bad, tmp_path_factory):
         cwd = tmp_path_factory.mktemp("mistake")
         return what, (shell("python", *command, "--output_dir", "result", cwd=cwd), cwd)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(run, MISTAKES))
+    return dict(map(run, MISTAKES))
 
 
 @pytest.mark.parametrize("what", MISTAKES)

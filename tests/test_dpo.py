@@ -6,7 +6,14 @@ import pytest
 import torch
 from conftest import largest_difference
 
-from dpo import Loss, mean_nll, preference_loss, sequence_logps, token_logps
+from dpo import (
+    Loss,
+    answer_lengths,
+    mean_nll,
+    preference_loss,
+    sequence_logps,
+    token_logps,
+)
 
 
 def test_dpo_loss_by_hand():
@@ -120,6 +127,13 @@ def test_sequence_logps_with_padding():
     branch = torch.tensor([[1, 2, 1, 2], [2, 2, 0, 0]])
     assert sequence_logps(logps, branch).tolist() == [[-5, -10], [0, -48]]
     assert sequence_logps(logps, branch, num_branches=3).tolist() == [[-5, -10, 0], [0, -48, 0]]
+
+
+def test_answer_lengths_by_hand():
+    # Padding is of no answer; an answer without tokens counts as one, to be divided by.
+    branch = torch.tensor([[1, 2, 1, 1], [2, 2, 0, 0], [0, 0, 0, 0]])
+    assert answer_lengths(branch).tolist() == [[3, 1], [1, 2], [1, 1]]
+    assert answer_lengths(branch, num_branches=3).tolist() == [[3, 1, 1], [1, 2, 1], [1, 1, 1]]
 
 
 def test_mean_nll_by_hand():

@@ -9,7 +9,8 @@ import random
 
 import pytest
 import torch
-from conftest import ROOT, largest_difference
+from conftest import largest_difference
+from programs import ROOT
 
 from checkpoints.layouts import read_seed_file
 from checkpoints.load import attach_weights, load_base, load_trained, load_weights

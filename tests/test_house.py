@@ -6,11 +6,13 @@ with a fault, which it must find.
 """
 import ast
 import os
+import re
 import subprocess
+import sys
 from fnmatch import fnmatch
 
 import pytest
-from conftest import ROOT
+from programs import ROOT
 
 CORE = ("model", "clip_vit", "llama", "post_decoder", "dpo", "data", "train", "eval_pope")
 BESIDE_CORE = ("README*", "LICENSE", "pyproject.toml", "requirements*.txt", "ds_zero3.json",
@@ -305,3 +307,25 @@ def test_a_planted_fault_is_found(check, changes, said):
 
 def test_every_check_has_planted_faults():
     assert {check for check, *_ in FAULTS} == set(CHECKS)
+
+
+def late_settings(sources):
+    """Programs of the folders that import torch or numpy, themselves or through ours, before they
+    say how its threads wait. Then it is too late.
+    """
+    late = []
+    for path, text in sources.items():
+        if not path.startswith(("evals/", "tools/")) or '__name__ == "__main__"' not in text:
+            continue
+        before = text.partition('os.environ.setdefault("OMP_WAIT_POLICY"')[0]
+        heads = re.findall(r"^(?:from|import) (\w+)", before, re.M)
+        late += [path] * bool(set(heads) - set(sys.stdlib_module_names))
+    return late
+
+
+def test_threads_wait_quietly(sources):
+    """Spinning threads made CHAIR take 20 s of processor time, and 9 s without."""
+    assert late_settings(sources) == []
+    chair = sources["evals/chair.py"]
+    spoilt = chair.replace("import argparse", "import torch\nimport argparse", 1)
+    assert late_settings({"evals/chair.py": spoilt}) == ["evals/chair.py"]

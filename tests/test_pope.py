@@ -9,7 +9,8 @@ import os
 import random
 
 import pytest
-from conftest import ROOT, largest_difference
+from conftest import largest_difference
+from programs import ROOT
 from small_files import QUESTIONS, assert_names_the_fault, changed, write_files
 
 from eval_pope import SPLITS, calibration, read_pope, says_yes, score, table

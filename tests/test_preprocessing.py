@@ -5,8 +5,9 @@ import resource
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, largest_difference
+from conftest import largest_difference
 from PIL import Image
+from programs import ROOT
 from small_files import photo
 
 from data import CLIP_MEAN, ImageProcessor

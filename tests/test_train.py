@@ -11,7 +11,7 @@ from glob import glob
 import numpy as np
 import pytest
 import torch
-from conftest import dpo_flags, largest_difference, load_json, run_train, succeeds
+from conftest import dpo_flags, largest_difference, load_json, run_train
 from safetensors.torch import save_file
 from short_runs import (
     STEPS,
@@ -42,7 +42,7 @@ LOGGED = {"step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margin"
 
 
 @pytest.fixture(scope="module")
-def runs(world, tmp_path_factory, in_this_process):
+def runs(world, two, tmp_path_factory, in_this_process):
     """The same five steps twice → folder.
 
     One process under ZeRO-0; two under ZeRO-3 with gradient accumulation.
@@ -53,8 +53,7 @@ def runs(world, tmp_path_factory, in_this_process):
     monitor = {"enabled": True, "output_path": str(folder / "csv"), "job_name": "monitor"}
     run_train(*five_steps(world, folder, "one", 0, "--per_device_train_batch_size", 8,
                           csv_monitor=monitor))
-    print(succeeds("deepspeed", "--num_gpus", 2, "train.py",
-                   *five_steps(world, folder, "two", 3, "--per_device_train_batch_size", 2)))
+    print(two(*five_steps(world, folder, "two", 3, "--per_device_train_batch_size", 2)))
     # A run writes nothing into its base.
     assert before == {path: read_bytes(path) for path in paths}
     return folder
@@ -110,7 +109,7 @@ def test_checkpoint_holds_exactly_what_was_trained(world, runs):
     full = Head(base.config, base.config.block_config())
     expected = {name: p.shape for name, p in full.named_parameters()}
     for name in ("one", "two"):
-        assert sorted(os.listdir(runs / name)) == ["config.json", "metrics.jsonl",
+        assert sorted(os.listdir(runs / name)) == ["README.md", "config.json", "metrics.jsonl",
                                                    "tokenizer.model", "trained.safetensors",
                                                    "training.svg"]
         tensors = trained_tensors(runs / name)

@@ -1,5 +1,9 @@
 """What a run without files trains on: the tiny world's images, tower, base model, preference data.
 
+    python -m tiny.prepare out/base --output noisy --flipped 0.1 [--described true …]
+    deepspeed train.py --stage 1 --desc_data_path noisy/desc_data.json \\
+        --pope_data_path noisy/pope_data.json           # other pairs of the same base
+
 `prepare_tiny_world` makes each of them once, beside the run's output folder. From then on it names
 them as paths, as a user with real files would. The base is trained by stage 0 of train.py itself.
 The rejected answers are mined from what that base says about images it has not seen, as HA-DPO's
@@ -8,6 +12,7 @@ were.
 The sizes below follow a recipe that was found by measuring (docs/results.md). The projector is
 narrow, so the tower sees more than LLaMA gets to know, and the block has something to find.
 """
+import argparse
 import copy
 import json
 import os
@@ -18,19 +23,27 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpoints.hub import is_name
 from checkpoints.layouts import typed
 from checkpoints.load import load_base
 from checkpoints.save import save_base
-from checkpoints.weights import load_weights
 from clip_vit import CLIPVisionConfig
-from data import IMAGE, Example, PackedDataset, Tokenizer, read_image_index
+from data import Tokenizer
 from llama import LlamaConfig
-from model import Head, Llava, LlavaConfig, Trunk, answer
-from support.common import InputError, Number, id_text, read_json, write_json
-from support.outputs import Journal, digest
-from tiny.pictures import SIDE
+from model import Head, Llava, LlavaConfig, Trunk
+from support.common import (
+    InputError,
+    Number,
+    device_and_dtype,
+    read_json,
+    run_program,
+    write_json,
+)
+from support.folders import check_can_write
+from tiny.pictures import NAMES, SIDE
+from tiny.preferences import DESCRIBED, Pairs, answers_of, say_mined, write_pairs
 from tiny.tower import PATCH, TowerTraining, pretrain_tower
-from tiny.world import Sizes, draw_supervised, make_world, write_preferences
+from tiny.world import Sizes, any_questions, draw_supervised, make_world
 from training.flags import RUNNING, SIZES, parse_flags
 
 TINY_LLAVA = LlavaConfig(
@@ -64,26 +77,31 @@ def prepare_tiny_world(args, train, device):
     if first and supervised and not os.path.isdir(untrained):
         print(f"no untrained model in {untrained}: pre-training a vision tower (once; two minutes "
               "on two cores)", flush=True)
-        make_untrained_base(untrained, world, args.seed, device, args.tiny_tower)
+        make_untrained_base(untrained, world, device, args)
     dist.barrier()
 
     # Stage 0's data; the base; what the base says, which is the others' data.
-    args.data_path = os.path.join(world, "llava", "train.json")
-    args.image_folder = os.path.join(world, "llava", "images")
     if own_stage_0:
         args.model_name_or_path = untrained
+        name_conversations(args, world)
         return False
     if not os.path.isdir(base):
         train(stage_0(args, untrained, base))
-    if first:
-        mine_preferences(world, base, device)
-    dist.barrier()
-    hadpo = os.path.join(world, "hadpo")
     args.model_name_or_path = base
     args.vg_path = os.path.join(world, "VG")
-    args.desc_data_path = os.path.join(hadpo, "desc_data.json")
-    args.pope_data_path = os.path.join(hadpo, "pope_data.json")
+    if first and not (args.data_path or args.pope_data_path):
+        mine_preferences(world, base, device)
+    dist.barrier()
+    if not args.data_path:
+        for name in ("desc_data_path", "pope_data_path"):
+            file = name.replace("_path", ".json")
+            setattr(args, name, getattr(args, name) or os.path.join(world, "hadpo", file))
     return only_base
+
+
+def name_conversations(flags, world):
+    flags.data_path = os.path.join(world, "llava", "train.json")
+    flags.image_folder = os.path.join(world, "llava", "images")
 
 
 # ---- The base that comes with the code -----------------------------------------------------------
@@ -98,7 +116,7 @@ def shipped_base():
 def ships_base_of(args):
     """Whether the base of these flags is the one that comes with the code."""
     return args.seed == SHIPPED_SEED and not (
-        args.tiny_sizes or args.tiny_tower or args.tiny_base_steps)
+        args.tiny_sizes or args.tiny_tower or args.tiny_projector or args.tiny_base_steps)
 
 
 def world_beside(checkpoint):
@@ -109,6 +127,8 @@ def world_beside(checkpoint):
     """
     if os.path.realpath(checkpoint) != os.path.realpath(SHIPPED_BASE):
         beside = checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint)
+        if is_name(checkpoint):                 # out/NAME for what is asked of a hub's OWNER/NAME
+            beside = os.path.join("out", os.path.basename(checkpoint).partition("@")[0])
         return os.path.join(os.path.dirname(checkpoint), "world"), beside
     world = os.path.join("out", "world")
     if os.path.isdir(world):
@@ -166,7 +186,9 @@ def refuse_other_sizes(args, world, untrained, base):
     for folder in filter(os.path.isdir, (untrained, base)):
         path = os.path.join(folder, "config.json")
         before = typed(read_json(path, dict), "arguments", dict, path) or {}
-        for name in ("tiny_tower", "tiny_base_steps"):
+        if not before.get("tiny_projector"):        # where none was typed, there is nothing or None
+            before["tiny_projector"] = TINY_LLAVA.projector_hidden_size
+        for name in ("tiny_tower", "tiny_projector", "tiny_base_steps"):
             asked = getattr(args, name)
             refuse(asked and name in before and asked != before[name],
                    f"{folder}: was made with --{name} {json.dumps(before.get(name))}; {other}")
@@ -192,66 +214,47 @@ def stage_0(args, untrained, base):
     beside = os.path.join(os.path.dirname(base), "stage0")
     flags = parse_flags(["--stage", "0", "--no-bf16", "--output_dir", beside])
     flags.output_dir, flags.model_name_or_path = base, untrained
-    for name in (*SIZES, *RUNNING, "data_path", "image_folder"):
+    for name in (*SIZES, *RUNNING):
         setattr(flags, name, getattr(args, name))
+    name_conversations(flags, os.path.join(os.path.dirname(base), "world"))
     flags.max_steps = args.tiny_base_steps
     return flags
 
 
-def make_untrained_base(folder, world, seed, device, tiny_tower):
-    """Write a random tiny LLaVA around a pre-trained tower, in LLaVA's layout."""
-    torch.manual_seed(seed)
+def make_untrained_base(folder, world, device, args):
+    """Write a random tiny LLaVA around a pre-trained tower, in LLaVA's layout. Of the flags `args`
+    it follows from the seed and the sizes.
+    """
+    torch.manual_seed(args.seed)
     tokenizer = Tokenizer(os.path.join(world, "tokenizer.model"))
     config = copy.deepcopy(TINY_LLAVA)
     config.text.vocab_size = len(tokenizer)
+    if args.tiny_projector:
+        config.projector_hidden_size = args.tiny_projector
     trunk, head = Trunk(config), Head(config)
     for module in (*trunk.model.modules(), head.lm_head):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)                # as LLaMA is initialised
-    auc = pretrain_tower(trunk.vision_tower.to(device), seed, TowerTraining(**tiny_tower))
+    auc = pretrain_tower(trunk.vision_tower.to(device), args.seed,
+                         TowerTraining(**args.tiny_tower))
     print(f"vision tower: mean AUC of the classes {auc:.3f}", flush=True)
     save_base(folder, Llava(trunk.cpu(), {"base": head}, tokenizer, None, ""),
-              arguments={"tiny_tower": tiny_tower})
+              arguments={"tiny_tower": args.tiny_tower, "tiny_projector": args.tiny_projector})
 
 
 def mine_preferences(world, base, device):
     """Ask the base every preference question and write HA-DPO's files from its answers.
 
-    They are made once for a base; those of another base move aside. A journal in `world` keeps the
-    answers until then.
+    They are made once for a base; those of another base move aside.
     """
     model = load_base(base, dtype=torch.float32, device=device, read_trunk=False)
     if mined_from(world, model.fingerprint):
         return
-    load_weights(model.trunk)
-    images = read_image_index(os.path.join(world, "VG"))
-    rows = read_json(os.path.join(world, "preference.json"))
-    asked, examples = [], []
-    for row in rows:
-        questions = [q["question"] for q in row["questions"]]
-        if "describe" in row:
-            questions.append(row["describe"])
-        asked.append(questions)
-        examples.append(Example(images[id_text(row["image_id"])],
-                                [[(f"{IMAGE}\n{question}", None)] for question in questions]))
-    dataset = PackedDataset(examples, model.row_format())
-    journal = Journal(world, {"base": model.fingerprint, "questions": digest(asked)})
-    texts = {row["image"]: row["answers"] for row in journal.read()}
-    rest = [i for i in range(len(rows)) if i not in texts]
-    with journal.kept_on_interrupt(len(rows), "images"):
-        for i, [(answers, _)] in answer(model, dataset, 40, 64, rest):      # of the only head
-            texts[i] = answers
-            journal.add({"image": i, "answers": answers})
-
-    said = {}
-    for i, (row, questions) in enumerate(zip(rows, asked, strict=True)):
-        for question, text in zip(questions, texts[i], strict=True):
-            said[row["image_id"], question] = text
-    counts = write_preferences(world, said)
-    write_json(os.path.join(world, "hadpo", "base.json"), {"fingerprint": model.fingerprint})
-    journal.remove()
-    mined = ", ".join(f"{n:,} {what}" for what, n in counts.items())
-    print(f"preference data mined from the base's own answers: {mined}", flush=True)
+    notes, hadpo = read_json(os.path.join(world, "preference.json")), os.path.join(world, "hadpo")
+    counts = write_pairs(notes, answers_of(model, world, notes, hadpo), Pairs(), hadpo)
+    made = {"fingerprint": model.fingerprint, "pairs": asdict(Pairs())}
+    write_json(os.path.join(hadpo, "base.json"), made)
+    say_mined(counts)
 
 
 def mined_from(world, fingerprint):
@@ -260,14 +263,62 @@ def mined_from(world, fingerprint):
     if not os.path.isfile(os.path.join(hadpo, "base.json")):            # the last file of them
         return False
     path = os.path.join(hadpo, "base.json")
-    before = read_json(path, dict).get("fingerprint")
-    if before == fingerprint:
+    made = read_json(path, dict)
+    before, same_pairs = made.get("fingerprint"), made.get("pairs") == asdict(Pairs())
+    if before == fingerprint and same_pairs:
         return True
     if not isinstance(before, str) or not re.fullmatch("[0-9a-f-]+", before):
         raise InputError(f"{path}: does not tell which base was asked; remove {hadpo}, and its "
                          "files are made again")
-    print(f"{hadpo}: was mined from another base; it is {hadpo}-{before} now", flush=True)
-    os.rename(hadpo, f"{hadpo}-{before}")
+    aside, what = f"{hadpo}-{before}", "was mined from another base"
+    if before == fingerprint:
+        aside, what = f"{aside}-others", "holds other pairs than this version makes"
+    if os.path.exists(aside):
+        raise InputError(f"{hadpo}: {what}, and {aside}, where it would go, is there already; move "
+                         "one of them")
+    print(f"{hadpo}: {what}; it is {aside} now", flush=True)
+    os.rename(hadpo, aside)
     if os.path.isdir(f"{hadpo}-{fingerprint}"):
         os.rename(f"{hadpo}-{fingerprint}", hadpo)
-    return os.path.isdir(hadpo)
+    return mined_from(world, fingerprint)       # what came back may be other pairs
+
+
+# ---- Other pairs of the same base ----------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Make preference pairs of a tiny base's answers.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="\n".join(f"--described {name}: {text}"
+                                                      for name, text in DESCRIBED.items()))
+    parser.add_argument("base", help="a tiny base; its world lies beside it (tiny/base: in out/)")
+    parser.add_argument("--output", required=True, help="folder for desc_data.json, pope_data.json")
+    parser.add_argument("--described", choices=DESCRIBED, default="repaired",
+                        help="the chosen descriptions, see below; default repaired")
+    parser.add_argument("--every", type=Number("--every", int, above=0), default=1,
+                        help="describe each n-th image only; default 1")
+    parser.add_argument("--flipped", type=Number("--flipped", float, low=0, high=1), default=0.0,
+                        help="share of questions whose chosen answer is made wrong; default 0")
+    parser.add_argument("--images", type=Number("--images", int, above=0), default=0,
+                        help="how many images have pairs; default all")
+    parser.add_argument("--held_out", type=Number("--held_out", int, low=0, below=len(NAMES)),
+                        default=0, help="so many classes are in no pair; default 0")
+    parser.add_argument("--questions", choices=("pope", "any"), default="pope",
+                        help="which absent objects are asked about: those of POPE's three sets, or "
+                             "any; default pope")
+    args = parser.parse_args(argv)
+    if os.path.isdir(args.output) and os.listdir(args.output):
+        raise InputError(f"--output {args.output}: is not empty; name another folder")
+    check_can_write(args.output)
+    device, _ = device_and_dtype(False)
+    world, _ = world_beside(args.base)
+    model = load_base(args.base, dtype=torch.float32, device=device, read_trunk=False)
+    pairs = Pairs(**{field.name: getattr(args, field.name) for field in fields(Pairs)})
+    any_of = args.questions == "any"
+    notes = any_questions(world) if any_of else read_json(os.path.join(world, "preference.json"))
+    kept = args.output if any_of else os.path.join(world, "hadpo")
+    say_mined(write_pairs(notes, answers_of(model, world, notes, kept), pairs, args.output))
+
+
+if __name__ == "__main__":
+    run_program(main)

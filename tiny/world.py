@@ -1,6 +1,6 @@
 """The tiny world: pictures and what is said about them, written in exactly the real file layouts.
 
-    python -m tiny.world DIR [--seed N]        # a whole world in DIR, about 15 seconds on one core
+    python -m tiny.world DIR [--seed N] [--preference 5800 …]       # a whole world, 15 seconds
 
 Most objects in a picture belong to its scene (pictures.py). So a model that looks badly can still
 guess well, and by guessing it hallucinates. That is the disease of the large models, small enough
@@ -13,13 +13,11 @@ for two CPU cores. What is written:
     coco/val2014/, pope/coco_pope_*.json   images to evaluate on, and POPE's three sets of questions
     val/coco/val2014/, val/pope/           the same, to choose settings with
     world.json                             seed, sizes, classes, the truth about every judged image
-    hadpo/{pope,desc}_data.json            HA-DPO's files, from a base's answers: write_preferences
+    hadpo/{pope,desc}_data.json            HA-DPO's files, from a base's answers: preferences.py
 
 Follows POPE (arXiv 2305.10355) and HA-DPO (arXiv 2311.16839). Deliberately different: each class is
 one word that takes "a". POPE counts how often classes appear, and appear together, in the judged
-images; we count in the supervised ones, which are more. HA-DPO trains only on questions that its
-model answered wrong. Our files hold all, and `correct` says which answers were right: there, the
-rejected answer is the opposite sentence.
+images; we count in the supervised ones, which are more.
 """
 import argparse
 import json
@@ -48,7 +46,6 @@ HARD = 0.24                 # the others about what belongs to the scene: with f
 FALSE_YES = 0.06            # questions about absent objects that are answered with yes
 FALSE_DESCRIPTION = 0.15    # descriptions that name one object too many
 
-DESCRIBED = 8               # every 8th preference image is described; more spoil the short answers
 KINDS = ["random", "popular", "adversarial"]                        # POPE's sets of questions
 
 
@@ -93,8 +90,13 @@ def answer(word, there):
 
 
 def describe(scene, objects):
-    *most, last = [f"a {NAMES[c]}" for c in sorted(objects)]
-    return f"The image shows a {scene} with {', '.join(most)} and {last}."
+    return sentence(scene, [NAMES[c] for c in sorted(objects)])
+
+
+def sentence(scene, words):
+    *most, last = [f"a {word}" for word in words]
+    listed = f"{', '.join(most)} and {last}" if most else last
+    return f"The image shows a {scene} with {listed}."
 
 
 def well_formed(question, text):
@@ -237,7 +239,7 @@ def labelled(there, absent):
 
 
 def save_preference(root, rng, together, shown):
-    """Visual Genome's index, and three questions of each label (some images: a description too)."""
+    """Visual Genome's index; of each image three questions of each label, and a description."""
     images, notes = [], []
     for i, image in enumerate(shown, 1):
         url = f"https://example.org/{image.path.removeprefix('VG/')}"
@@ -246,15 +248,36 @@ def save_preference(root, rng, together, shown):
         for kind in KINDS:                          # one absent class of each kind, all different
             choices = strangers(rng, together, image, kind)
             absent.append(rng.choice([c for c in choices if c not in absent]))
-        note = {"image_id": i, **image.facts()}
-        if i % DESCRIBED == 0:
-            note["describe"] = str(rng.choice(DESCRIBE))
-            note["description"] = describe(image.scene, image.objects)
-        note["questions"] = [{"question": ask(NAMES[c]), "word": NAMES[c], "label": label}
-                             for c, label in labelled(there, absent)]
-        notes.append(note)
+        # POPE's questions come from the same stream of random numbers. So it is asked for every
+        # 8th prompt only, as in the worlds where only those images were described.
+        prompt = rng.choice(DESCRIBE) if i % 8 == 0 else DESCRIBE[i % len(DESCRIBE)]
+        notes.append(preference_note(i, image, str(prompt), labelled(there, absent)))
     save(f"{root}/VG/image_data.json", images)
     save(f"{root}/preference.json", notes)
+
+
+def preference_note(image_id, image, prompt, questions):
+    return {"image_id": image_id, **image.facts(), "describe": prompt,
+            "description": describe(image.scene, image.objects),
+            "questions": [{"question": ask(NAMES[c]), "word": NAMES[c], "label": label}
+                          for c, label in questions]}
+
+
+def any_questions(root):
+    """The notes of a world's preference images with other questions than preference.json's: the
+    three absent classes are any, and not those that POPE would ask about.
+    """
+    with open(f"{root}/world.json") as f:
+        world = json.load(f)
+    rng = np.random.default_rng([world["seed"], STREAMS.index("words"), 1])
+    shown = shown_images("preference", world["seed"], world["sizes"]["preference"])
+    notes = []
+    for i, image in enumerate(shown, 1):
+        there = rng.choice(image.objects, 3, replace=False).tolist()
+        absent = rng.choice(image.absent(), 3, replace=False).tolist()
+        prompt = DESCRIBE[i % len(DESCRIBE)]
+        notes.append(preference_note(i, image, prompt, labelled(there, absent)))
+    return notes
 
 
 def save_pope(folder, rng, together, shown):
@@ -296,43 +319,16 @@ def train_tokenizer(path):
             character_coverage=1.0, minloglevel=2)
 
 
-# ---- The base's mistakes -------------------------------------------------------------------------
-
-
-def write_preferences(root, answers):
-    """Write HA-DPO's two files from what a base said → {what: how many}.
-
-    `answers`: {(image_id, question): sentence} for the six questions of each image in
-    preference.json, and for its `describe` prompt if it has one.
-    """
-    with open(f"{root}/preference.json") as f:
-        notes = json.load(f)
-    pope, descriptions = [], {}
-    for note in notes:
-        image_id = note["image_id"]
-        for q in note["questions"]:
-            said, there = answers[image_id, q["question"]].strip(), q["label"] == "yes"
-            correct = said.lower().startswith(q["label"])
-            rejected = said if said and not correct else answer(q["word"], not there)
-            pope.append({"image_id": image_id, "question": q["question"], "answer": q["label"],
-                         "chosen": answer(q["word"], there), "correct": correct,
-                         "reject": rejected})
-        said = answers[image_id, note["describe"]].strip() if "describe" in note else ""
-        if hallucinated(said, note["objects"]):
-            descriptions[str(image_id)] = {"chosen": [note["description"]], "rejected": [said]}
-    save(f"{root}/hadpo/desc_data.json", descriptions)
-    save(f"{root}/hadpo/pope_data.json", pope)
-    wrong = sum(not row["correct"] for row in pope)
-    return {"questions": len(pope), "wrong": wrong, "descriptions": len(descriptions)}
-
-
 def main():
     parser = argparse.ArgumentParser(description="Write the tiny world.")
     parser.add_argument("dir", help="folder to create")
     parser.add_argument("--seed", type=Number("--seed", int, low=0), default=42)
+    for split, count in asdict(Sizes()).items():
+        parser.add_argument(f"--{split}", type=Number(f"--{split}", int, above=0), default=count,
+                            help=f"images of this split, default {count}")
     args = parser.parse_args()
     try:
-        make_world(args.dir, args.seed)
+        make_world(args.dir, args.seed, Sizes(**{name: getattr(args, name) for name in PATHS}))
     except OSError as e:
         raise InputError(f"{args.dir}: cannot be written ({e}); name another folder") from e
 

@@ -1,1 +1,2 @@
-"""Programs to look and to talk: `python -m tools.chat`, explain, report, plots, merge."""
+"""Programs to look and to talk: `python -m tools.chat`, explain, report, plots, merge, export,
+doctor."""

@@ -9,7 +9,7 @@
 With `--prompt` only the answer goes to stdout. In a chat `/image PATH` begins a new conversation
 about another picture, `/reset` one about the same picture, and Ctrl-C stops an answer but not the
 program (with `--compare` the other answer follows). CKPT is what eval_pope.py takes; without an
-image the conversation is in text only. tools/sampling.py tells how tokens are chosen. `--log FILE`
+image the conversation is in text only. evals/sampling.py tells how tokens are chosen. `--log FILE`
 appends every question and answer to a file as JSON lines, so that a closed terminal loses none of
 them. The conversation itself (its cache) is not kept: a chat cannot be taken up again.
 
@@ -30,14 +30,15 @@ try:
 except ImportError:
     pass
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
 from checkpoints.load import Source, load_all
 from data import EOS
+from evals.sampling import Conversation, Sampling
 from support.common import InputError, Number, device_and_dtype, run_program
 from support.images import check_images
 from support.outputs import Lines, check_output_file
-from tools.sampling import Conversation, Sampling
 
 COMMANDS = ("/image PATH: another picture; /reset: from the beginning; /exit or Ctrl-D: end; "
             "Ctrl-C stops an answer")

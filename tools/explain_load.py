@@ -15,6 +15,7 @@ from model import Head, Llava, Trunk, set_trained
 from post_decoder import PostInteractionBlock
 from support.common import InputError, device_and_dtype, read_json
 from tiny import world as tiny_world
+from tiny.preferences import write_preferences
 from tiny.prepare import TINY_LLAVA, world_beside
 
 
@@ -64,7 +65,7 @@ def random_model(folder):
         for q in image["questions"]:
             said[image["image_id"], q["question"]] = tiny_world.answer(q["word"], True)
         said[image["image_id"], image.get("describe")] = ""
-    tiny_world.write_preferences(folder, said)
+    write_preferences(folder, said)
 
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.model"))
     config = copy.deepcopy(TINY_LLAVA)

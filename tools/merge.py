@@ -4,17 +4,21 @@
     python -m tools.merge out/base half --dtype fp16            # half the bytes of fp32
     python -m tools.merge non_lora_trainables.bin whole --model_name_or_path llava-v1.5-7b
 
-The result is a base: train.py, eval_pope.py and the tools take it as one.
+The result is a base: train.py, eval_pope.py and the tools take it as one. The arguments of the
+training notes' replace_bin.py are understood too (training/originals.py).
 """
 import argparse
 import os
+import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
 from checkpoints.load import base_of, checkpoint_type, load_base, load_trained, tower_of
 from checkpoints.save import save_base
 from support.common import InputError, run_program
 from support.outputs import check_output_folder
+from training.originals import merge_arguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +33,7 @@ def main():
     parser.add_argument("--vision_tower",
                         help="CLIP's folder, where base and CKPT name none that is there")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as in the files")
-    args = parser.parse_args()
+    args = parser.parse_args(merge_arguments(sys.argv[1:]))
     if os.path.lexists(args.output):
         raise InputError(f"{args.output}: exists already; name a new folder")
     check_output_folder(args.output, "OUT")

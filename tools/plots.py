@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import numpy as np
 
 from eval_pope import LEANS, labelled_yes, leans

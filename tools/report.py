@@ -1,6 +1,7 @@
 """One page about an evaluation: tables, charts, and a gallery with the attention of the block.
 
     python -m tools.report CKPT… --output report.html     # then open it; it needs no network
+    python -m tools.report CKPT… --descriptions CKPT/chair --output report.html
 
 It asks what eval_pope.py asks and takes the same flags. The page shows
 
@@ -10,6 +11,7 @@ It asks what eval_pope.py asks and takes the same flags. The page shows
   the first answer token);
 - how answers moved from the base to each checkpoint;
 - which objects a model sees that are not there, and what stood beside them;
+- descriptions, where evals/chair.py has asked for them (report_descriptions.py);
 - questions with every answer. This gallery is a selection, and says so: questions that moved or got
   a false yes come first, every fourth one is drawn from the others, until MOST questions or LIMIT
   bytes are reached. Over a picture lies the cross-attention (post_decoder.py, eq. 2) of the token
@@ -31,6 +33,7 @@ import random
 import re
 from html import escape
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -41,6 +44,7 @@ from model import answer_states
 from support.charts import STYLE
 from support.common import progress, run_program
 from support.outputs import check_output_file, write_text
+from tools.report_descriptions import read_descriptions, section
 from tools.report_tables import (
     answer_bars,
     false_yes,
@@ -153,8 +157,11 @@ def look(model, heads, dataset):
 # ---- The page ------------------------------------------------------------------------------------
 
 
-def write_report(path, evaluation):
-    """Write the page about an Evaluation (eval_pope.py) in which every answer has a yes-score."""
+def write_report(path, evaluation, described=None):
+    """Write the page about an Evaluation (eval_pope.py) in which every answer has a yes-score.
+
+    `described`: descriptions to show as well, as `read_descriptions` returns them.
+    """
     model, protocol, folder = evaluation.model, evaluation.protocol, evaluation.image_folder
     records = gather(evaluation.questions, evaluation.answers)
     looking = {n: head for n, head in enumerate(model.heads.values())
@@ -165,6 +172,9 @@ def write_report(path, evaluation):
     def see(image):
         return picture(model.preprocess, os.path.join(folder, image))
 
+    def see_if_there(image):
+        return see(image) if os.path.isfile(os.path.join(folder, image)) else None
+
     shown, pictures = choose(records, see,
                              bytes_of_maps(squares, model.config.vision.num_patches))
     asked = [(r["image"], r["question"]) for r in shown]
@@ -174,17 +184,20 @@ def write_report(path, evaluation):
         for b, text in enumerate(texts):
             attention[image, text] = {n: tiles(found[i][b])
                                       for n, found in zip(looking, maps, strict=True)}
-    write_text(path, page(records, shown, pictures, attention, evaluation))
+    texts = section(described, see_if_there) if described else ""
+    write_text(path, page(records, (shown, pictures), attention, evaluation, texts))
     print(f"{path}: {len(shown):,} of {len(records):,} questions to look at, "
           f"{os.path.getsize(path) / 1e6:.1f} MB")
 
 
-def page(records, shown, pictures, attention, evaluation):
+def page(records, chosen, attention, evaluation, descriptions=""):
     """The page's text.
 
-    `shown` are the records of the gallery, `pictures` {image: data URL}, and `attention`
-    {(image, question): {number of the model: tiles}}, which may lack any question.
+    `chosen` are the records of the gallery and {image: data URL}, and `attention`
+    {(image, question): {number of the model: tiles}}, which may lack any question. `descriptions`
+    is HTML.
     """
+    shown, pictures = chosen
     metrics, splits = evaluation.metrics, list(evaluation.questions)
     models = list(next(iter(metrics.values())))
     yes_ratios = {split: labelled_yes(rows[models[0]]) for split, rows in metrics.items()}
@@ -202,6 +215,7 @@ def page(records, shown, pictures, attention, evaluation):
         "bars": answer_bars(metrics, yes_ratios),
         "reliability": reliability_charts(records, models, splits),
         "moves": move_tables(records, models, splits), "words": word_tables(records, models),
+        "descriptions": descriptions,
         "shown": f"{len(shown):,}", "all": f"{len(records):,}",
         "data": data.replace("<", "\\u003c")}       # no </script> can end the script element
     with open(TEMPLATE, encoding="utf-8") as file:
@@ -223,11 +237,14 @@ def main():
     parser = flags(__doc__.split("\n\n")[0])
     parser.prog = "python -m tools.report"
     parser.add_argument("--output", required=True, metavar="HTML", help="the page to write")
+    parser.add_argument("--descriptions", metavar="FOLDER",
+                        help="a folder of evals/chair.py, to show its texts too")
     args = parser.parse_args()
     check_output_file(args.output, "--output")
+    described = read_descriptions(args.descriptions) if args.descriptions else None
     evaluation = evaluate(args)
     if evaluation:                      # it is on rank 0 only
-        write_report(args.output, evaluation)
+        write_report(args.output, evaluation, described)
         evaluation.journal.remove()
     if dist.is_initialized():
         dist.destroy_process_group()

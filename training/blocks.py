@@ -8,17 +8,28 @@ same one is none. Where nothing is brought along, the block is made where it is 
 import dataclasses
 
 from checkpoints.load import checkpoint_type, read_config
-from post_decoder import VARIANTS, BlockConfig
+from post_decoder import ORIGINAL, VARIANTS, BlockConfig
 from support.common import InputError
+
+# What --block can name: the identity-initialised variants, and the notes' own form.
+BLOCKS = VARIANTS | {"original": ORIGINAL}
 
 
 def variant_of(block_config):
     """What --block calls a block; None where it has no name for it."""
-    for name, changes in VARIANTS.items():
+    for name, changes in BLOCKS.items():
         named = dataclasses.replace(BlockConfig(), **changes)
         if all(getattr(named, part) == getattr(block_config, part)
-               for part in ("attention", "align", "image_source")):
+               for part in ("attention", "align", "image_source", "outer_residual")):
             return name
+
+
+def new_block_config(args, config):
+    """The BlockConfig that --block and --block_intermediate_size name, for a LlavaConfig."""
+    changes = BLOCKS[args.block]
+    if args.block_intermediate_size:
+        changes = changes | {"intermediate_size": args.block_intermediate_size}
+    return config.block_config(**changes)
 
 
 def refuse_other_block(typed, block_config, owner):
@@ -47,6 +58,9 @@ def resolve_block(args):
     if args.block and len(set(args.block)) > 1 and (seed_file or brought):
         raise InputError(f"--block names {len(set(args.block))} variants, but {owner} brings its "
                          "block along; start from what has none (--init identity, another base)")
+    if brought and args.block_intermediate_size:
+        raise InputError(f"--block_intermediate_size {args.block_intermediate_size}: {owner} "
+                         "brings a block of its own; leave it out, or start from what has none")
     if brought:
         try:
             block_config = BlockConfig(**brought)

@@ -49,7 +49,7 @@ class ConversationFile(Sequence):
     """
 
     def __init__(self, path, image_folder):
-        self.path, self.image_folder = path, image_folder
+        self.path, self.paths, self.image_folder = path, [path], image_folder
         self.spans, self.has_image, self.image_names = index_rows(path)
 
     def __len__(self):
@@ -79,10 +79,10 @@ class ConversationFile(Sequence):
 
 
 def image_paths(examples):
-    """Distinct images of a list of Example, or of a ConversationFile."""
-    if isinstance(examples, ConversationFile):
-        return examples.image_paths()
-    return list(dict.fromkeys(e.image for e in examples if e.image))
+    """Distinct images of a list of Example, or of rows that stay on disk."""
+    if isinstance(examples, list):
+        return list(dict.fromkeys(e.image for e in examples if e.image))
+    return examples.image_paths()
 
 
 def parse_row(text, path, number):
@@ -128,40 +128,49 @@ def index_rows(path):
     names as they stand in the file, `","` between them. What is outside the objects is checked
     here, what is inside when a row is read.
     """
-    position = check_text(path)
     spans, images, names, unfit = [np.zeros((0, 2), np.int64)], bytearray(), {}, {}
-    outside, rest = bytearray(), b""
-    bar = progress("indexing rows", total=os.path.getsize(path), unit="B", unit_scale=True)
-    with open(path, "rb") as file, bar:
-        file.seek(position)
-        while len(rest) < LONGEST_ROW and (more := file.read(max(CHUNK, len(rest)))):
-            text = rest + more
-            found = whole_objects(text)                                    # (rows in this chunk, 2)
-            spans.append(position + found)
-            begins, ends = found.T.tolist()
-            video = b'"video' in text
-            for begin, end in zip(begins, ends, strict=False):
-                name, sure = image_of(text, begin, end)
-                if video or not sure:
-                    row = parse_row(text[begin:end], path, len(images))
-                    name, fault = image_or_fault(row)
-                    if fault:
-                        unfit.setdefault(fault, []).append(len(images))
-                images.append(name is not None)
-                if name is not None:
-                    names[name] = None
-            # And the first byte of each row
-            between = zip([0, *ends], begins, strict=False)
-            outside += b"".join([text[a:b + 1] for a, b in between])
-            behind = ends[-1] if ends else 0
-            rest, position = text[behind:], position + behind
-            bar.update(len(more))
-    check_outside(path, bytes(outside) + rest, len(images))
+    for text, position, found in chunks_of_rows(path):
+        spans.append(position + found)
+        video = b'"video' in text
+        for begin, end in found.tolist():
+            name, sure = image_of(text, begin, end)
+            if video or not sure:
+                row = parse_row(text[begin:end], path, len(images))
+                name, fault = image_or_fault(row)
+                if fault:
+                    unfit.setdefault(fault, []).append(len(images))
+            images.append(name is not None)
+            if name is not None:
+                names[name] = None
     for fault, (first, *others) in unfit.items():
         raise InputError(f"{path}, row {first}{f' and {len(others):,} more' * bool(others)}: "
                          f"{fault}; a row here is a conversation about one image or none: "
                          "remove the others")
     return np.concatenate(spans), np.frombuffer(images, bool), b'","'.join(names)
+
+
+def chunks_of_rows(path):
+    """Go once through a file of JSON objects → (bytes, where they begin in the file, first byte and
+    end of each row that is whole in them (n, 2)). What is outside of the rows is checked at the
+    end.
+    """
+    position = check_text(path)
+    outside, rest, rows = bytearray(), b"", 0
+    bar = progress("indexing rows", total=os.path.getsize(path), unit="B", unit_scale=True)
+    with open(path, "rb") as file, bar:
+        file.seek(position)
+        while len(rest) < LONGEST_ROW and (more := file.read(max(CHUNK, len(rest)))):
+            text = rest + more
+            found = whole_objects(text)
+            yield text, position, found
+            # And the first byte of each row
+            begins, ends = found.T.tolist()
+            between = zip([0, *ends], begins, strict=False)
+            outside += b"".join([text[a:b + 1] for a, b in between])
+            behind = ends[-1] if ends else 0
+            rest, position, rows = text[behind:], position + behind, rows + len(ends)
+            bar.update(len(more))
+    check_outside(path, bytes(outside) + rest, rows)
 
 
 def image_of(text, begin, end):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from model import TRUNK
 from support.common import InputError, device_and_dtype, versions
 from training.ds_file import MONITORS, read_ds_file
+from training.monitors import add_reports
 
 # How long a process waits in a barrier. The default, ten minutes under NCCL, is too short where
 # rank 0 works alone: it writes a model of 13.5 GB to a slow disk, packs millions of rows, draws the
@@ -72,6 +73,7 @@ def deepspeed_config(args, world_size, on_gpu):
     default.
     """
     config = read_ds_file(args.deepspeed, args.offload) if args.deepspeed else {}
+    add_reports(config, args)
     config |= batch_sizes(args, config, world_size)
     config.setdefault("gradient_clipping", 1.0)
     zero = config.setdefault("zero_optimization", {})
@@ -290,8 +292,14 @@ def start_engine(deepspeed, objective, trained, config, schedule):
         engine = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=scheduler,
                                       config=config)[0]
     except OSError as e:                                                            # a monitor's
-        raise InputError(f"{e.filename}: cannot be written ({e.strerror}); the DeepSpeed file "
-                         "names it for a monitor: name another place there") from e
+        raise InputError(f"{e.filename}: cannot be written ({e.strerror}); a monitor writes there, "
+                         "which the DeepSpeed file or --report_to names: name another place") from e
+    except Exception as e:
+        if type(e).__module__.partition(".")[0] != "wandb":
+            raise
+        reason = str(e).strip().partition("\n")[0]
+        raise InputError(f"wandb does not start ({reason}); wandb login, or WANDB_MODE=offline, or "
+                         "leave it out of --report_to and the DeepSpeed file") from e
     if isinstance(optimizer, MasterAdamW):
         # DeepSpeed has given all ranks the first one's parameters.
         optimizer.copy(optimizer.rounded, optimizer.masters)

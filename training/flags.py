@@ -10,15 +10,19 @@ import argparse
 import itertools
 import json
 import os
+import sys
 
+from checkpoints.hub import pinned
 from checkpoints.load import is_trained
 from checkpoints.save import check_output_folder
 from model import GROUPS, STAGES, TRUNK
-from post_decoder import VARIANTS
 from support.common import InputError, Number
 from support.loading import spare_cores
-from training.blocks import resolve_block
+from training.blocks import BLOCKS, resolve_block
+from training.monitors import REPORTS
+from training.originals import train_arguments
 from training.picture import read_run
+from training.sources import look_at_the_data
 
 # Defaults with a real model: LLaVA's for supervised training of the trunk (0), the training notes'
 # for the head (1, 2), HA-DPO's for DPO of the trunk.
@@ -27,14 +31,13 @@ REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup
 REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
 # Of the tiny world, chosen on validation images.
 TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=[2e-3], num_train_epochs=6, sft_weight=1.0, warmup_ratio=0.0)}
-TINY |= {2: TINY[1] | dict(learning_rate=[1e-3]),
-         "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1)}
-FILES = ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder")
+        1: dict(learning_rate=[2e-3], num_train_epochs=5, sft_weight=10.0, warmup_ratio=0.0)}
+TINY |= {2: TINY[1], "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1,
+                                              sft_weight=1.0)}
 # The tiny world's own folders, beside --output_dir. Its base follows from SIZES; RUNNING does not
 # change a result.
 TINY_FOLDERS = ("world", "untrained", "base", "features")
-SIZES = ("seed", "tiny_sizes", "tiny_tower", "tiny_base_steps")
+SIZES = ("seed", "tiny_sizes", "tiny_tower", "tiny_projector", "tiny_base_steps")
 RUNNING = ("resume", "save_steps", "dataloader_num_workers", "local_rank")
 
 
@@ -42,6 +45,7 @@ def parse_flags(argv=None):
     """The command line → Namespace with every default filled in. InputError where flags
     conflict.
     """
+    argv = train_arguments(sys.argv[1:] if argv is None else argv)
     args = declare_flags().parse_args(argv)
     resolve_flags(args)
     look_at_the_disk(args)
@@ -92,9 +96,12 @@ def declare_flags():
                        help="0 supervised base, 1 block, 2 block and lm_head; default 2")
     group.add_argument("--tune", type=names_of(*GROUPS),
                        help=f"instead of a stage: groups out of {','.join(GROUPS)}")
-    group.add_argument("--block", type=names_of("head", *VARIANTS),
+    group.add_argument("--block", type=names_of("head", *BLOCKS),
                        help="the block's variant, or several (a,b,c), a run each; head = no block; "
                             "default: full where post_decoder is tuned")
+    group.add_argument("--block_intermediate_size", metavar="WIDTH",
+                       type=whole("--block_intermediate_size", above=0),
+                       help="inner width of a new block's layers; default: LLaMA's")
     group.add_argument("--init", help="trained checkpoint to start from, or identity; default for "
                                       "stage 2: stage1 beside --output_dir, if there is one")
     group.add_argument("--loss", choices=["sft", "dpo", "ipo", "hinge"],
@@ -103,6 +110,9 @@ def declare_flags():
                        help="of dpo, ipo and hinge")
     group.add_argument("--label_smoothing", type=number("--label_smoothing", low=0, below=0.5),
                        default=0.0, help="conservative DPO: the share of wrong labels")
+    group.add_argument("--length_normalised", action="store_true",
+                       help="log-probabilities of an answer are divided by its number of tokens; "
+                            "--beta then wants to be about that much larger")
     group.add_argument("--sft_weight", type=number("--sft_weight", low=0),
                        help="weight of the chosen answer's mean NLL beside a preference loss")
     group.add_argument("--lora_r", type=whole("--lora_r", above=0),
@@ -116,12 +126,17 @@ def declare_flags():
     group.add_argument("--vision_tower",
                        help="CLIP's folder, if config.json's mm_vision_tower is no local path")
     group.add_argument("--vg_path", help="Visual Genome: image_data.json, VG_100K, VG_100K_2")
-    group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json")
+    group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json (the tiny world: other "
+                                                "pairs than its own, python -m tiny.prepare)")
     group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
+    group.add_argument("--preference_data", nargs="+", metavar="FILE",
+                       help="in place of HA-DPO's three: pairs in RLHF-V's, TRL's, LLaMA-Factory's "
+                            "or ms-swift's form, in JSON or parquet")
     group.add_argument("--keep_correct", action=boolean,
                        help="use also POPE rows that the base answered right")
-    group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft)")
-    group.add_argument("--image_folder", default="", help="its images")
+    group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft; without it the "
+                                           "chosen answers of HA-DPO's files are learnt)")
+    group.add_argument("--image_folder", default="", help="the images of either")
     group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs "
                                                 "read neither weights nor images")
 
@@ -159,6 +174,11 @@ def declare_flags():
     group.add_argument("--resume", action="store_true",
                        help="go on from the last saved state in OUTPUT_DIR.run")
     group.add_argument("--logging_steps", type=whole("--logging_steps", above=0), default=1)
+    group.add_argument("--report_to", nargs="+", choices=["none", *REPORTS],
+                       help="also write the steps' numbers there; default: as the DeepSpeed file "
+                            "says")
+    group.add_argument("--run_name", help="of the run in --report_to's; default: the output "
+                                          "folder's name")
     group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
                        help="metrics.jsonl of other runs, drawn with this one's in "
                             "OUTPUT_DIR/training.svg")
@@ -169,6 +189,9 @@ def declare_flags():
     for flag in ("--tiny_sizes", "--tiny_tower"):
         group.add_argument(flag, type=object_of(flag), default={},
                            help="JSON, for tests: sizes of the tiny world, training of its tower")
+    group.add_argument("--tiny_projector", type=whole("--tiny_projector", above=0),
+                       help="inner width of the tiny base's projector, default 8: the narrower it "
+                            "is, the less LLaMA sees of what the tower sees")
     group.add_argument("--tiny_base_steps", type=whole("--tiny_base_steps", above=0),
                        help="for tests: steps of stage 0 in the tiny world")
     return parser
@@ -200,6 +223,8 @@ def resolve_flags(args):
            f"--lora_r {args.lora_r}: --tune does not name lora; add it")
     refuse(args.label_smoothing and args.loss != "dpo",
            f"--label_smoothing {args.label_smoothing:g}: belongs to --loss dpo; leave it out")
+    refuse(args.length_normalised and args.loss == "sft",
+           "--length_normalised: belongs to a preference loss; leave it out")
     name = "-".join(args.tune) if args.stage is None else f"stage{args.stage}"
     name = "base" if tiny_base else name
     args.output_dir = (args.output_dir or f"out/{name}").rstrip("/")
@@ -215,7 +240,7 @@ def is_tiny_base(args):
     """
     plain = vars(declare_flags().parse_args(["--stage", "0"]))
     typed = {name for name, value in vars(args).items() if value != plain[name]}
-    return typed <= {"output_dir", *SIZES, *RUNNING}
+    return typed <= {"output_dir", "report_to", "run_name", *SIZES, *RUNNING}
 
 
 def look_at_the_disk(args):
@@ -226,19 +251,9 @@ def look_at_the_disk(args):
     stage1 = os.path.join(os.path.dirname(args.output_dir), "stage1")
     found = args.stage == 2 and os.path.isdir(stage1)
     args.init = args.init or (stage1 if found else "identity")
-    for name in FILES if tiny else ():
-        if getattr(args, name):
-            raise InputError(f"--{name} is given and --model_name_or_path is not: then everything "
-                             f"is the tiny world's own; name the base, or leave --{name} out")
-    sft = args.loss == "sft"
-    needed = ("data_path",) if sft else ("vg_path", "desc_data_path", "pope_data_path")
-    for name in () if tiny else needed:
-        path = getattr(args, name)
-        if not path:
-            raise InputError(f"--{name} is missing: with a real model (--model_name_or_path) "
-                             f"--loss {args.loss} needs " + ", ".join(f"--{n}" for n in needed))
-        if not os.path.exists(path):
-            raise InputError(f"--{name} {path}: no such file or folder")
+    look_at_the_data(args, tiny)
+    for name in ("model_name_or_path", "vision_tower", "init"):     # the hub's, with the revision
+        setattr(args, name, pinned(getattr(args, name)))
     if not tiny and is_trained(args.model_name_or_path):
         raise InputError(f"--model_name_or_path {args.model_name_or_path}: is no whole model, but "
                          "what was trained of one; name its base here (and it with --init), or "
@@ -302,5 +317,7 @@ def combinations(args):
         if len(args.learning_rate) > 1:
             output_dir += f"-{rate:g}"
         changes = dict(block=variant, learning_rate=rate, output_dir=output_dir)
+        if args.run_name:
+            changes["run_name"] = args.run_name + output_dir.removeprefix(args.output_dir)
         runs.append(argparse.Namespace(**vars(args) | changes))
     return runs

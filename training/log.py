@@ -4,10 +4,13 @@
     with StepLog(run, engine, start) as log:
         log.write(step, values)          # once per optimizer step
 
-`metrics.jsonl` gets one line per `--logging_steps`, the monitor (TensorBoard, W&B or CSV, from the
-DeepSpeed file) the same numbers. Only rank 0 writes.
+`metrics.jsonl` gets one line per `--logging_steps`, the monitor (TensorBoard, W&B or CSV:
+monitors.py) the same numbers. Only rank 0 writes.
 """
+import contextlib
 import os
+import shlex
+import sys
 import time
 
 import torch
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 from support.common import say
 from support.outputs import Lines
+from training.monitors import reporting
 
 SHOWN = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accuracy"}    # in the bar
 
@@ -36,9 +40,10 @@ def announce(run, start_name):
 class StepLog:
     def __init__(self, run, engine, start):
         self.run, self.engine, self.start, self.values = run, engine, start, {}
-        self.began = time.perf_counter()
+        self.began, self.reports = time.perf_counter(), contextlib.ExitStack()
 
     def __enter__(self):
+        self.reports.enter_context(reporting(self.run))
         first = dist.get_rank() == 0
         path = os.path.join(self.run.folder, "metrics.jsonl") if first else os.devnull
         self.file = Lines(path, "make room there, and go on with --resume")
@@ -49,6 +54,7 @@ class StepLog:
     def __exit__(self, *exception):
         self.bar.close()
         self.file.close()
+        self.reports.close()
 
     def write(self, step, values):
         """`values`: {name: number} of this step, the same on all ranks."""
@@ -71,6 +77,15 @@ class StepLog:
         if self.values:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.values.items())
             say(f"{self.run.steps} steps: {numbers}")
+
+
+def say_what_next(output_dir, folders):
+    """The last line: how to evaluate what a command has trained."""
+    world = os.path.join(os.path.dirname(output_dir), "world")
+    files = "" if os.path.isdir(world) else " --coco_path … --pope_path …"
+    installed = os.path.basename(sys.argv[0]).startswith("nanohadpo-")
+    program = ["nanohadpo-pope"] if installed else ["python", "eval_pope.py"]
+    say(f"done; look at it with: {shlex.join([*program, *folders])}{files}")
 
 
 def mean_of_all_ranks(seen):

@@ -57,7 +57,7 @@ RUN_FILES = {"lock": None, "run.json": None, "metrics.jsonl": None, "reference.p
 INCIDENTAL = ("output_dir", "resume", "save_steps", "logging_steps", "dataloader_num_workers",
               "local_rank", "deepspeed", "bf16", "offload", "gradient_checkpointing",
               "per_device_train_batch_size", "gradient_accumulation_steps", "default_batch",
-              "default_micro", "plot")
+              "default_micro", "plot", "report_to", "run_name")
 # Facts that `differences` compares and words.
 IDENTITY = ("base", "settings", "initial head", "data")
 # Arguments that `what_determines` tells better: by steps, by the base's fingerprint.

@@ -2,24 +2,27 @@
 is right.
 """
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import succeeds
+from programs import TwoProcesses, succeeds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from bench import bench_pope, bench_trunk, measuring, peer
+from bench import bench_pope, bench_trunk, bench_zero, measuring, peer
 from clip_vit import CLIPVisionConfig
 from data import EOS, IMAGE, SYSTEM, encode_conversation, expand
 from eval_pope import SPLITS, read_pope
 from llama import LlamaConfig
 from model import LlavaConfig, Trunk
 
+PEERS = ("peft", "transformers.models.llava.modeling_llava")
 TINY_POPE = ("--size tiny --images 4 --batch_size 2 --peer_single 3 --peer_batched 20 "
              "--peer_batch 8").split()
 TINY_TRUNK = "--size tiny --images 3 --questions 4 --peer_batch 5 --steps 2 --repeats 1".split()
@@ -33,6 +36,12 @@ def lines_of(said):
     rows = [[cell.strip() for cell in line.strip("|").split("|")]
             for line in said.splitlines() if line.startswith("| ")]
     return {first: rest for first, *rest in rows}
+
+
+def no_more_tables(monkeypatch):
+    """Only bench_pope.py's main table is measured: the others compare nothing."""
+    for name in ("over_questions", "over_tokens"):
+        monkeypatch.setattr(bench_pope, name, lambda *_: [])
 
 
 # ---- They run ------------------------------------------------------------------------------------
@@ -71,13 +80,14 @@ def test_bf16_as_on_a_gpu(monkeypatch, capsys):
 
     for bench in (bench_pope, bench_trunk):
         monkeypatch.setattr(bench, "random_llava", rounded)
+    no_more_tables(monkeypatch)
     bench_pope.main(TINY_POPE)
     bench_trunk.main(TINY_TRUNK)
     assert capsys.readouterr().out.count("tolerance 10 %") == 2
 
 
 def test_dpo():
-    said = succeeds("python", "bench/bench_dpo.py", *TINY_DPO)
+    said = succeeds("python", "bench/bench_dpo.py", *TINY_DPO, imports=PEERS)
     lines = lines_of(said)
     assert lines["6 tokens: ours, a whole run of 2 steps from kept features"][0] == "16"
     assert "6 tokens: ours, the frozen pass onto the disk, 2 pairs an image" in lines
@@ -88,8 +98,18 @@ def test_dpo():
     assert "adapters off: differ by" in said
 
 
-def test_zero_on_several_processes():
-    said = succeeds("python", "bench/bench_zero.py", *TINY_ZERO)
+def test_zero_on_several_processes(monkeypatch, capsys):
+    """The two processes that torchrun would start for each line."""
+    def launched(command):
+        launcher, (script, *flags) = command[:6], command[6:]
+        assert launcher == [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                            "--nproc_per_node", "2"]
+        print(TwoProcesses(script, PEERS)(*flags))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bench_zero.subprocess, "run", launched)
+    bench_zero.main(TINY_ZERO)
+    said = capsys.readouterr().out
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| 2 |")]
     assert [(row[1], row[2]) for row in rows] == [("full", "3"), ("full", "3 + offload")]
     assert all(float(row[3]) > 0 for row in rows)
@@ -117,6 +137,7 @@ def test_a_difference_ends_the_benchmark(monkeypatch):
 
     peer_of = peer.peer_of
     monkeypatch.setattr(bench_pope, "peer_of", other)
+    no_more_tables(monkeypatch)
     with pytest.raises(SystemExit, match="cannot be compared"):
         bench_pope.main(TINY_POPE)
 

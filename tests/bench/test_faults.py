@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from conftest import succeeds
+from programs import succeeds
 
 from bench.damage import damages, outcome
 from support.common import InputError

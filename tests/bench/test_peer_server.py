@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.request import url2pathname
 
 import pytest
-from conftest import free_port, load_json, succeeds
+from conftest import load_json
+from programs import free_port, succeeds
 
 from bench import peer_server
 from checkpoints.load import Source, load_all

@@ -2,16 +2,18 @@
 of its own answers.
 """
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_json
+from conftest import load_json
+from programs import ROOT
 
 import eval_pope
 import train
-from bench import effect, tables
+from bench import tables
 from eval_pope import read_pope, says_yes
 from post_decoder import VARIANTS
 from tools.plots import read_sweep
@@ -42,12 +44,11 @@ def seed(world, tmp_path, in_this_process, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tables, "ThreadPoolExecutor", InTurn)
-    monkeypatch.setattr(effect, "run", run)
     monkeypatch.setattr(tables, "run", run)
     folder = tmp_path / "seed42"
     folder.mkdir()
-    for name, path in (("world", world.folder), ("base", world.base)):
-        (folder / name).symlink_to(path)
+    shutil.copytree(world.folder, folder / "world")         # its preference data are made anew
+    (folder / "base").symlink_to(world.base)
     return folder
 
 

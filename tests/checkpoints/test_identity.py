@@ -9,7 +9,8 @@ import tempfile
 
 import pytest
 import torch
-from conftest import as_llava, load_json, preference_rows, run_train, succeeds
+from conftest import as_llava, load_json, preference_rows, run_train
+from programs import succeeds
 from short_runs import base_and_head, flags_of, llava_flags, losses_of, steps_logged
 
 import train

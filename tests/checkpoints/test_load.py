@@ -8,17 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    as_llava,
-    dpo_flags,
-    largest_difference,
-    load_json,
-    shake,
-    shell,
-    small_llava,
-    succeeds,
-)
+from conftest import as_llava, dpo_flags, largest_difference, load_json, shake, small_llava
+from programs import ROOT, shell, succeeds
 from public_checkpoints import PublicCheckpoints, agrees, as_bin, edit
 from safetensors.torch import load_file, save_file
 
@@ -299,8 +290,8 @@ def test_damaged(public, tmp_path, what):
     assert re.search(said, message) and "\n" not in message and str(tmp_path) in message
 
 
-def test_hub_ids_are_paths(public):
-    """Nothing is downloaded: a name that is no folder is said to be exactly that."""
+def test_names_without_a_folder(public):
+    """A name that is no folder, and offline not on the hub, is said to be exactly that."""
     llava, message = str(public.llava), "(llava-v1.5-7b|patch14-336): no such folder"
     for arguments in (("liuhaotian/llava-v1.5-7b",), (llava, "openai/clip-vit-large-patch14-336"),
                       (llava,)):

@@ -9,7 +9,8 @@ import struct
 
 import pytest
 import torch
-from conftest import load_json, shell
+from conftest import load_json
+from programs import shell
 from public_checkpoints import PublicCheckpoints, agrees, as_bin, edit, variant_of
 from safetensors.torch import load_file, save_file
 
@@ -157,7 +158,7 @@ FILES = {  # what a copy of Hugging Face's folder becomes → (how, patterns of 
                            "pytorch_model.bin: is a folder"),
     "a folder for a tokenizer": (folder_named("tokenizer.model"), "tokenizer.model: is a folder"),
     "a folder for settings": (folder_named("config.json"), "config.json: is a folder"),
-    "a pickle of Python objects": (bin_of({"a": shell}), "cannot be read", "conftest.shell",
+    "a pickle of Python objects": (bin_of({"a": shell}), "cannot be read", "programs.shell",
                                    "state_dict"),
     "a whole module": (bin_of(torch.nn.Linear(1, 1)), "cannot be read", "Linear"),
     "a text": (only("pytorch_model.bin", b"<!DOCTYPE html>\n<html>"), "cannot be read.*again"),
@@ -270,7 +271,7 @@ def test_the_notes_file(world, tmp_path):
     block = "post_interaction_block.align.fc1.weight"
     for content, said in (({block: torch.empty(0)}, "ZeRO-3"),
                           ({block: torch.ones(2, 2, dtype=torch.uint8)}, "uint8"),
-                          ({block: shell}, "cannot be read.*conftest.shell")):
+                          ({block: shell}, "cannot be read.*programs.shell")):
         torch.save(content, path)
         refused(lambda: load_trained(path, base), f"{path}: ", said)
     with open(path, "w") as file:
@@ -364,5 +365,5 @@ def test_a_program_says_one_line(public, tmp_path):
     bin_of({"a": shell})(folder)
     done = shell("python", "-m", "tools.merge", folder, tmp_path / "out")
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "conftest.shell" in done.stderr and "weights_only" not in done.stderr + done.stdout
+    assert "programs.shell" in done.stderr and "weights_only" not in done.stderr + done.stdout
     assert len(load_file(public.hf / "model.safetensors")) > 3

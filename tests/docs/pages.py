@@ -129,13 +129,16 @@ def commands(text):
 
 @functools.cache
 def flags(program):
-    """Flags that a program declares, itself or in a module of ours that it imports."""
+    """Flags that a program declares, itself or in a module of ours that it imports, but not in that
+    one's own main().
+    """
     files, text = [program], read(program)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             files.append(node.module.replace(".", "/") + ".py")
     declared = r'\badd(?:_argument|_number)?\(\s*"(--\w+)"'
-    return set(re.findall(declared, "".join(read(file) for file in files if exists(file))))
+    texts = [read(file).partition("\ndef main(")[0] for file in files if exists(file)]
+    return set(re.findall(declared, text + "".join(texts)))
 
 
 def wrong_in(command):

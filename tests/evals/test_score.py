@@ -8,7 +8,8 @@ import os
 import random
 
 import pytest
-from conftest import largest_difference, shell, succeeds
+from conftest import largest_difference
+from programs import shell, succeeds
 from test_pope import POPE, counted, made_up_answer
 
 from eval_pope import SPLITS
@@ -322,7 +323,7 @@ def test_typed_by_a_user(tmp_path, labels):
     rows, pairs = without_image(labels["adversarial"], random.Random(10))
     answers = write_lines(tmp_path / "a.jsonl", rows)
     flags = ["--pope_path", tmp_path / "pope"]
-    said = succeeds("python", "-m", "evals.score", answers, *flags)
+    said = succeeds("python", "-m", "evals.score", answers, *flags, fresh=True)
     assert f" {counted(pairs)[0]['tp']} |" in said and "random: no answers" in said
     write_lines(tmp_path / "a.jsonl", rows[1:])
     done = shell("python", "-m", "evals.score", answers, *flags)

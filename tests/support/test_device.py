@@ -1,11 +1,9 @@
 """Start-up: a GPU that cannot be used, and an error that only one process meets."""
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from programs import ROOT, shell
 
 from support import common
 from support.common import InputError, can_use_gpu
@@ -69,8 +67,6 @@ def test_another_ranks_error_is_said_too(tmp_path):
     the first."""
     (tmp_path / "one.py").write_text(ONE_FAILS)
     for ranks in (["1"], ["0", "1"]):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc_per_node", "2", tmp_path / "one.py", *ranks]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        done = shell("torchrun", "--nproc_per_node", 2, tmp_path / "one.py", *ranks)
         said = done.stderr.count("error: row 7: mend it\n")
         assert done.returncode and said == 1, done.stderr

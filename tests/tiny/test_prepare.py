@@ -14,8 +14,9 @@ from conftest import dpo_flags, load_json
 from short_runs import logged, read_bytes
 
 import train
+from checkpoints.load import load_base
 from support.common import InputError
-from tiny import prepare
+from tiny import prepare, tower
 from training.flags import parse_flags
 
 SIZES = ["--tiny_sizes", '{"sft": 48, "preference": 16, "validation": 2, "evaluation": 6}',
@@ -35,6 +36,14 @@ def main(monkeypatch, in_this_process):
         train.main()
 
     return typed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    """The tower's own score, which is only printed, is of 2000 pictures otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tower, "TEST_IMAGES", 200)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +126,33 @@ def test_an_interrupted_base_is_gone_on_with(made, world_only, main, monkeypatch
 def test_other_sizes_than_the_worlds_are_refused(made, main):
     """Nothing of another size is taken for what was asked."""
     for flag, value in (("--tiny_sizes", '{"sft": 96}'), ("--tiny_base_steps", "7"),
-                        ("--tiny_tower", '{"images": 64}')):
+                        ("--tiny_tower", '{"images": 64}'), ("--tiny_projector", "16")):
         before = sorted(os.listdir(made))
         with pytest.raises(InputError, match=f"{flag}.*--output_dir") as error:
             main("--stage", 1, flag, value, "--output_dir", made / "other")
         print(error.value)
         assert sorted(os.listdir(made)) == before
+
+
+def test_a_base_alone_tells_the_width_of_its_projector(made, tmp_path, main, monkeypatch):
+    """No width was typed for it, so it has the usual one, which may be typed."""
+    for name in ("world", "base"):
+        os.symlink(made / name, tmp_path / name)
+    with pytest.raises(InputError, match="base: was made with --tiny_projector 8;"):
+        main("--stage", 1, "--tiny_projector", 16, "--output_dir", tmp_path / "run")
+    runs = []
+    monkeypatch.setattr(train, "train", runs.append)
+    main("--stage", 1, "--tiny_projector", 8, "--output_dir", tmp_path / "run")
+    assert [run.model_name_or_path for run in runs] == [str(tmp_path / "base")]
+
+
+@pytest.mark.parametrize("flags, width", (([], 8), (["--tiny_projector", "24"], 24)))
+def test_the_projector_is_as_wide_as_asked(made, tmp_path, flags, width):
+    args = parse_flags(["--stage", "0", *SIZES, *flags])
+    prepare.make_untrained_base(str(tmp_path / "untrained"), str(made / "world"), "cpu", args)
+    base = load_base(str(tmp_path / "untrained"))
+    shapes = [tuple(p.shape) for p in base.trunk.model.mm_projector.parameters() if p.dim() == 2]
+    assert shapes == [(width, 96), (96, width)]
 
 
 def test_another_seed_is_refused_before_anything_is_made(world_only, main, monkeypatch):

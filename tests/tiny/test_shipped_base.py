@@ -4,10 +4,12 @@ Worlds here have few images; the base is the real one.
 """
 import os
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, load_json
+from conftest import load_json
+from programs import ROOT
 from short_runs import read_bytes
 
 import eval_pope
@@ -16,6 +18,7 @@ from checkpoints.load import load_base
 from support.common import InputError, write_json
 from support.tensors import read_file
 from tiny import prepare, world
+from tiny.preferences import Pairs
 from tiny.prepare import SHIPPED_BASE, mined_from
 from tiny.world import Sizes, draw_supervised, make_world
 
@@ -99,7 +102,7 @@ def test_runs_start_from_it(typed, small_world):
     assert os.path.realpath(config["base"]) == SHIPPED_BASE
     assert config["fingerprint"] == load_base(SHIPPED_BASE).fingerprint
     assert load_json(out / "world" / "hadpo" / "base.json") == {
-        "fingerprint": config["fingerprint"]}
+        "fingerprint": config["fingerprint"], "pairs": asdict(Pairs())}
     for flags in (["--seed", 7], ["--tiny_base_steps", 3], ["--tiny_sizes", '{"sft": 9}']):
         args = train.parse_flags([str(flag) for flag in ["--stage", 1, *flags]])
         assert not prepare.ships_base_of(args)
@@ -112,21 +115,50 @@ def test_its_path_is_short_in_the_repository(monkeypatch, tmp_path):
     assert prepare.shipped_base() == SHIPPED_BASE
 
 
+def mined(folder, base, pairs):
+    """A hadpo/ as mine_preferences leaves it; `said` tells whose it is."""
+    folder.mkdir()
+    write_json(str(folder / "base.json"), {"fingerprint": base, **pairs})
+    (folder / "said").write_text(base + str(pairs))
+
+
 def test_preferences_of_another_base_move_aside(tmp_path, capsys):
     """They are what a base said, so each base has its own, and none is mined twice."""
-    folder, hadpo = str(tmp_path), tmp_path / "hadpo"
+    folder, hadpo, pairs = str(tmp_path), tmp_path / "hadpo", {"pairs": asdict(Pairs())}
     assert not mined_from(folder, "a")
-    hadpo.mkdir()
-    for base in "ab":
-        write_json(str(hadpo / "base.json"), {"fingerprint": base})
-        (hadpo / "said").write_text(base)
-        assert mined_from(folder, base)
-        if base == "a":
-            assert not mined_from(folder, "b") and not hadpo.exists()
-            assert "hadpo-a" in capsys.readouterr().out
-            hadpo.mkdir()
-    assert mined_from(folder, "a") and (hadpo / "said").read_text() == "a"
-    assert (tmp_path / "hadpo-b" / "said").read_text() == "b"
+    mined(hadpo, "a", pairs)
+    assert mined_from(folder, "a") and hadpo.exists()
+    assert not mined_from(folder, "b") and not hadpo.exists()
+    assert f"was mined from another base; it is {hadpo}-a now" in capsys.readouterr().out
+    mined(hadpo, "b", pairs)
+    assert mined_from(folder, "b")
+    assert mined_from(folder, "a") and (hadpo / "said").read_text().startswith("a")
+    assert (tmp_path / "hadpo-b" / "said").read_text().startswith("b")
+
+
+@pytest.mark.parametrize("old", ({}, {"pairs": asdict(Pairs(described="true", every=8))}))
+def test_other_pairs_of_the_same_base_move_aside(tmp_path, capsys, old):
+    """Those of an earlier version, whose base.json does not tell which pairs there are, too."""
+    folder, hadpo = str(tmp_path), tmp_path / "hadpo"
+    mined(hadpo, "a", old)
+    assert not mined_from(folder, "a") and not hadpo.exists()
+    assert f"other pairs than this version makes; it is {hadpo}-a-others now" in (
+        capsys.readouterr().out)
+    assert (tmp_path / "hadpo-a-others" / "said").read_text() == "a" + str(old)
+    # Nothing that stands there already is written over.
+    mined(hadpo, "a", old)
+    with pytest.raises(InputError, match="hadpo-a-others, where it would go, is there already"):
+        mined_from(folder, "a")
+    assert hadpo.exists()
+
+
+def test_other_pairs_do_not_come_back(tmp_path):
+    """A base's own folder that had moved aside may hold an earlier version's pairs."""
+    folder, hadpo = str(tmp_path), tmp_path / "hadpo"
+    mined(tmp_path / "hadpo-b", "b", {})
+    mined(hadpo, "a", {"pairs": asdict(Pairs())})
+    assert not mined_from(folder, "b") and not hadpo.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"hadpo-a", "hadpo-b-others"}
 
 
 def test_images_of_stage_0_can_come_later(tmp_path):

@@ -7,20 +7,19 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, shell, succeeds
+from programs import ROOT, shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
 from data import EOS, IMAGE_ID, Tokenizer
+from evals.sampling import Conversation, Sampling
 from tools.chat import Chat, main, tails
-from tools.sampling import Conversation, Sampling
 
 QUESTION = "Is there a dog in the image?"
 CHAT = "python", "-m", "tools.chat"
@@ -171,23 +170,21 @@ def test_a_line_that_is_not_utf_8_is_not_asked(lively, images, play, line):
 def test_bytes_that_are_not_utf_8(world):
     """Through a pipe the lines behind a bad one are asked, and as --prompt nothing is loaded."""
     typed = b"Is there a caf\xe9?\nIs there a dog?\n/image \xff.jpg\n/exit\n"
-    command = [sys.executable, "-m", "tools.chat", world.base, "--max_new_tokens", "4"]
-    done = subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, timeout=200)
-    said = done.stdout.decode()
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
-    assert said.count("error: this line is not UTF-8 text") == 2 and said.count("base: ") == 1
-    done = subprocess.run([*command, "--prompt", b"caf\xe9?"], cwd=ROOT, capture_output=True,
-                          timeout=200)
-    assert done.returncode == 1 and not done.stdout and b"loading" not in done.stderr
-    assert done.stderr.startswith(b"error: --prompt 'caf\\udce9?': is not UTF-8 text")
+    command = [*CHAT, world.base, "--max_new_tokens", "4"]
+    done = shell(*command, typed=typed)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout.count("error: this line is not UTF-8 text") == 2
+    assert done.stdout.count("base: ") == 1
+    done = shell(*command, "--prompt", os.fsdecode(b"caf\xe9?"))
+    assert done.returncode == 1 and not done.stdout and "loading" not in done.stderr
+    assert done.stderr.startswith("error: --prompt 'caf\\udce9?': is not UTF-8 text")
 
 
 def test_letters_that_the_terminal_does_not_have(world):
     """An answer that was cut ends with an ellipsis, which Latin-1 does not have."""
-    command = [sys.executable, "-m", "tools.chat", world.base, "--max_new_tokens", "4"]
-    done = subprocess.run(command, cwd=ROOT, input=b"Is there a dog?\n", capture_output=True,
-                          timeout=200, env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"})
-    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"[\\u2026]" in done.stdout
+    done = shell(*CHAT, world.base, "--max_new_tokens", "4", typed=b"Is there a dog?\n", fresh=True,
+                 PYTHONIOENCODING="latin-1:strict")
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "[\\u2026]" in done.stdout
 
 
 def test_a_long_line_in_another_script(lively, images, byte_tokenizer, play):

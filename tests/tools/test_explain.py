@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, largest_difference, preference_rows, shake, succeeds
+from conftest import largest_difference, preference_rows, shake
+from programs import ROOT, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
@@ -223,12 +224,12 @@ def test_command_line(world, tmp_path, monkeypatch):
     cure.
     """
     monkeypatch.setenv("PYTHONPATH", ROOT)
-    said = succeeds("python", "-m", "tools.explain", cwd=tmp_path)
+    said = succeeds("python", "-m", "tools.explain", cwd=tmp_path, fresh=True)
     assert "a random model" in said.splitlines()[0] and "= ln 2" in said
     assert os.listdir(tmp_path) == []
     (tmp_path / "adapter_config.json").write_text("{}")
     mistakes = ((["nowhere"], "nowhere: no such folder"),
-                ([world.base, "--pair", "99"], "--pair 99: the data hold .* pairs"),
+                ([world.base, "--pair", "999"], "--pair 999: the data hold .* pairs"),
                 ([str(tmp_path)], "neither a base nor a checkpoint of train.py"))
     for flags, message in mistakes:
         monkeypatch.setattr("sys.argv", ["explain", *flags])

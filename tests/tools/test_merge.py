@@ -3,7 +3,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import largest_difference, shake, shell, succeeds
+from conftest import largest_difference, shake
+from programs import shell, succeeds
 from public_checkpoints import PublicCheckpoints, agrees, prompts
 
 from checkpoints.load import checkpoint_type, load_base, load_trained
@@ -44,7 +45,7 @@ def public(world, tmp_path_factory):
 
 
 def test_merge_of_an_hf_base_and_an_adapter(public, tmp_path):
-    succeeds(*MERGE, public.hf, tmp_path / "llava")
+    succeeds(*MERGE, public.hf, tmp_path / "llava", fresh=True)
     agrees("HF to LLaVA", public.expected, tmp_path / "llava")
     adapter, expected = public.adapted
     succeeds(*MERGE, adapter, tmp_path / "adapted", "--model_name_or_path", public.hf)

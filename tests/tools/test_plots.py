@@ -4,8 +4,9 @@ import re
 import xml.etree.ElementTree as xml
 
 import pytest
-from conftest import ROOT, largest_difference, shell, succeeds
+from conftest import largest_difference
 from drawings import SVG, dots_of, is_dashed, lines_of, panels, path_points, place_of, write_run
+from programs import ROOT, shell, succeeds
 
 from eval_pope import leans
 from post_decoder import VARIANTS, BlockConfig
@@ -123,7 +124,7 @@ def test_typed_by_a_user(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ROOT)
     program = "python", "-m", "tools.plots"
     run, _ = write_run(tmp_path / "run", 20)
-    said = succeeds(*program, run, "--output", "training.svg", cwd=tmp_path)
+    said = succeeds(*program, run, "--output", "training.svg", cwd=tmp_path, fresh=True)
     assert "training.svg: 1 file drawn" in said
     xml.parse(tmp_path / "training.svg")
     sweep = write_sweep(tmp_path / "sweep")

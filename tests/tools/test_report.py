@@ -14,8 +14,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, largest_difference, load_json, shake, shell, succeeds
+from conftest import largest_difference, load_json, shake
 from PIL import Image
+from programs import ROOT, shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
@@ -45,9 +46,9 @@ def random_heads(base):
     return heads
 
 
-def make_page(world, folder):
+def make_page(world, folder, described=None):
     """A page about a base and three random heads, one of them named and speaking as badly as can
-    be.
+    be. `described`: descriptions for it.
     """
     model, rng = load_base(world.base), random.Random(0)
     model.heads |= random_heads(model)
@@ -61,7 +62,7 @@ def make_page(world, folder):
     images = os.path.join(world.coco, "val2014")
     evaluation = Evaluation(model, "hadpo", images, questions, answers, metrics)
     path = str(folder / "report.html")
-    write_report(path, evaluation)
+    write_report(path, evaluation, described)
     with open(path, encoding="utf-8") as file:
         text = file.read()
     data = r'<script type="application/json" id="data">(.*?)</script>'
@@ -310,7 +311,7 @@ def test_full_size_stays_below_ten_megabytes(tmp_path, made):
                  for n, r in enumerate(shown)}
     model = Namespace(config=LlavaConfig())
     evaluation = Evaluation(model, "hadpo", str(tmp_path), questions, answers, metrics)
-    text = page(records, shown, pictures, attention, evaluation)
+    text = page(records, (shown, pictures), attention, evaluation)
     print(f"{len(shown)} questions about {len(pictures)} images, {len(text) / 1e6:.2f} MB; a map "
           f"{len(maps[0]['map'])}, a picture {np.mean([len(p) for p in pictures.values()]):.0f} "
           "characters")
@@ -328,7 +329,7 @@ def test_typed_by_a_user(made, world, tmp_path, monkeypatch):
     save_trained(str(tmp_path / "after"), head.state_dict(), info, made.model.tokenizer)
     command = ["python", "-m", "tools.report", "after", "--coco_path", world.coco,
                "--pope_path", world.pope, "--max_new_tokens", 3, "--output"]
-    said = succeeds(*command, "page.html", cwd=tmp_path)
+    said = succeeds(*command, "page.html", cwd=tmp_path, fresh=True)
     assert re.search(r"page.html: (\d+) of \1 questions to look at, 0.\d MB", said)
     metrics = load_json(tmp_path / "after" / "pope" / "metrics.json")
     assert metrics["checkpoints"] == {"after": "after"}

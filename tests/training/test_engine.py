@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, dpo_flags, largest_difference, load_json, row_format, run_train
+from conftest import dpo_flags, largest_difference, load_json, row_format, run_train
+from programs import ROOT
 from short_runs import llava_flags, logged, losses_of, trained_tensors, zero_file
 
 from checkpoints.load import load_base

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, dpo_flags, succeeds
+from conftest import dpo_flags
+from programs import ROOT, succeeds
 
 import eval_pope
 import tools.chat

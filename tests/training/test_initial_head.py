@@ -13,7 +13,7 @@ from short_runs import trained_tensors
 from checkpoints.load import load_base, load_trained
 from checkpoints.save import save_base, save_trained
 from model import Head
-from post_decoder import VARIANTS
+from post_decoder import ORIGINAL, VARIANTS
 from support.common import InputError
 from training import features
 from training.flags import parse_flags
@@ -21,7 +21,7 @@ from training.flags import parse_flags
 
 @pytest.fixture(scope="module")
 def brought(world, tmp_path_factory):
-    """Checkpoints, a base and the notes' file that bring a block along, and two without one."""
+    """Checkpoints, a base and the notes' files that bring a block along, and two without one."""
     folder = tmp_path_factory.mktemp("brought")
     base = load_base(world.base)
 
@@ -38,8 +38,10 @@ def brought(world, tmp_path_factory):
     lm_head = {"lm_head.weight": head.lm_head.weight}
     info = {"base": world.base, "fingerprint": base.fingerprint, "block": None}
     save_trained(str(folder / "lm_head"), lm_head, info, base.tokenizer)
-    os.makedirs(folder / "notes")
-    torch.save(head.state_dict(), folder / "notes" / "non_lora_trainables.bin")
+    own = Head(base.config, base.config.block_config(**ORIGINAL))
+    for name, of_notes in (("notes", own), ("notes_no_cross_attn", head)):
+        os.makedirs(folder / name)
+        torch.save(of_notes.state_dict(), folder / name / "non_lora_trainables.bin")
     os.makedirs(folder / "notes_lm_head")
     torch.save(lm_head, folder / "notes_lm_head" / "non_lora_trainables.bin")
     base.heads = {"whole": head}
@@ -59,10 +61,11 @@ def run(world, folder, *flags, base=None):
 
 def variant_in(config):
     """What a config.json's BlockConfig is called."""
-    parts = ("attention", "align", "image_source")
-    default = {"attention": "cross", "align": "mlp", "image_source": "clip"}
-    said = {part: config["block"][part] for part in parts}
-    return next(name for name, changes in VARIANTS.items() if default | changes == said)
+    default = {"attention": "cross", "align": "mlp", "image_source": "clip",
+               "outer_residual": False, "zero_init": True}
+    said = {part: config["block"][part] for part in default}
+    named = VARIANTS | {"original": ORIGINAL}
+    return next(name for name, changes in named.items() if default | changes == said)
 
 
 # ---- Conflicts -----------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def test_the_notes_file_is_asked_too(world, brought, tmp_path, monkeypatch, in_t
     monkeypatch.setattr(features, "load_weights", lambda trunk: pytest.fail("the trunk is read"))
     more = ["--cache_features", tmp_path / "features"] if cached else []
     for block in ("full", "head"):
-        said = f"--block {block}: --init .*notes brings a block of its own .no_cross_attn"
+        said = f"--block {block}: --init .*notes brings a block of its own .original"
         with pytest.raises(InputError, match=said) as error:
             run(world, tmp_path / "out", "--stage", 2, "--init", brought / "notes", "--block",
                 block, *more)
@@ -122,17 +125,26 @@ def test_the_notes_file_is_asked_too(world, brought, tmp_path, monkeypatch, in_t
 
 
 @pytest.mark.parametrize("init, typed", (("self_attn", "self_attn"), ("self_attn", None),
-                                         ("notes", "no_cross_attn"), ("notes", None)))
+                                         ("notes", "original"), ("notes", None)))
 def test_the_same_block_may_be_named(world, brought, tmp_path, in_this_process, init, typed):
     flags = ["--block", typed] if typed else []
     config, tensors = run(world, tmp_path / "out", "--stage", 2, "--init", brought / init, *flags)
-    variant = "self_attn" if init == "self_attn" else "no_cross_attn"
+    variant = "self_attn" if init == "self_attn" else "original"
     assert variant_in(config) == variant
     assert config["arguments"].get("block", variant) == variant
     if typed or init == "self_attn":
         assert config["arguments"]["block"] == variant
-    assert config["block"]["outer_residual"] is (init == "notes")
     assert ("blocks.0.self_attn.q_proj.weight" in str(list(tensors))) is (init == "self_attn")
+
+
+def test_an_ablation_of_the_notes_has_no_name(world, brought, tmp_path, in_this_process):
+    """It has the outer residual, which no block that --block can make has but the original."""
+    flags = ["--stage", 2, "--init", brought / "notes_no_cross_attn"]
+    with pytest.raises(InputError, match="--block no_cross_attn: .*none of the names of --block"):
+        run(world, tmp_path / "typed", *flags, "--block", "no_cross_attn")
+    config, _ = run(world, tmp_path / "silent", *flags)
+    assert (config["block"]["attention"], config["block"]["outer_residual"]) == ("none", True)
+    assert "block" not in config["arguments"]
 
 
 def test_the_bases_own_block(world, brought, tmp_path, in_this_process):

@@ -10,15 +10,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    dpo_flags,
-    largest_difference,
-    load_json,
-    preference_rows,
-    run_train,
-    succeeds,
-)
+from conftest import dpo_flags, largest_difference, load_json, preference_rows, run_train
+from programs import ROOT, succeeds
 from safetensors.torch import load_file
 from short_runs import SOME, logged, losses_of, zero_file
 
@@ -160,9 +153,9 @@ def test_first_loss_is_ln_2_and_the_reference_is_the_base(world, adapter):
 
 
 def test_what_is_saved(world, adapter):
-    assert sorted(os.listdir(adapter)) == ["adapter_config.json", "adapter_model.safetensors",
-                                           "config.json", "metrics.jsonl", "tokenizer.model",
-                                           "training.svg"]
+    assert sorted(os.listdir(adapter)) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "config.json",
+        "metrics.jsonl", "tokenizer.model", "training.svg"]
     tensors = load_file(f"{adapter}/adapter_model.safetensors")
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
     assert len(tensors) == 2 * 2 * len(LINEARS)

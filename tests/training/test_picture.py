@@ -5,8 +5,9 @@ import os
 
 import numpy as np
 import pytest
-from conftest import ROOT, dpo_flags, shell, succeeds
+from conftest import dpo_flags
 from drawings import is_dashed, lines_of, panels, path_points, paths_of, write_rows, write_run
+from programs import ROOT, shell, succeeds
 
 from support.common import InputError
 from training.picture import binned, draw_training

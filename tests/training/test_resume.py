@@ -9,14 +9,14 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from glob import glob
 
 import pytest
 import torch
-from conftest import ROOT, free_port, largest_difference, run_train
+from conftest import largest_difference, run_train
+from programs import ROOT, Begun
 from short_runs import INTERRUPTED_STEPS as STEPS
 from short_runs import KINDS, flags_of, losses_of, result, steps_logged
 
@@ -26,6 +26,7 @@ from training import resume
 from training.guards import Guards
 from training.resume import cut_log, resume_command
 
+TRAIN = os.path.join(ROOT, "train.py")
 CHECK = Guards.check                # called in the middle of every step
 
 
@@ -174,14 +175,6 @@ def test_the_log_is_cut_back(tmp_path):
 # ---- Other processes -----------------------------------------------------------------------------
 
 
-def start(*flags):
-    """train.py as a process of its own, its output into one pipe."""
-    command = [sys.executable, os.path.join(ROOT, "train.py"), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
-    return subprocess.Popen(command, env=environment, text=True, cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-
 def wait_for(process, condition, limit=100):
     """Until the condition holds; False when the process has ended before."""
     began = time.monotonic()
@@ -218,11 +211,11 @@ def test_kill_9_at_any_moment(world, tmp_path, in_this_process, kind, kills):
         return saved() > 12 and any(glob(f"{run}/step-{saved() + 1}.partial/*.pt"))
 
     for condition in (has_begun, between_saves, inside_a_save)[-kills:]:
-        process = start(*flags)
-        assert wait_for(process, condition), process.stdout.read()
+        process = Begun(TRAIN, *flags)
+        assert wait_for(process, condition), process.output.read()
         time.sleep(0 if condition is inside_a_save else 0.02 * rng.random())
         process.kill()
-        process.communicate()
+        process.end()
         assert process.returncode == -signal.SIGKILL and not os.path.exists(tmp_path / "cut")
         states = sorted(os.path.basename(path) for path in glob(f"{run}/step-*"))
         moments.append((saved(), states))
@@ -240,19 +233,19 @@ def test_a_run_that_still_lives_is_left_alone(world, tmp_path, more):
     there."""
     flags = flags_of(world, "kept features", tmp_path / "cut", "--max_steps", 100_000,
                      "--save_steps", 5)
-    first, latest = start(*flags), tmp_path / "cut.run" / "latest"
-    assert wait_for(first, lambda: os.path.isfile(latest)), first.stdout.read()
-    second = start(*flags, *more)
-    said, _ = second.communicate()
+    first, latest = Begun(TRAIN, *flags), tmp_path / "cut.run" / "latest"
+    assert wait_for(first, lambda: os.path.isfile(latest)), first.output.read()
+    second = Begun(TRAIN, *flags, *more)
+    said = second.end()
     refused = f"error: .*cut.run: process {first.pid} on .* still trains there; wait for it"
     assert second.returncode == 1 and re.search(refused, said)
     assert first.poll() is None
     first.kill()
-    first.communicate()
-    third = start(*flags, "--resume")                            # its death frees the folder
-    assert any("going on from" in line for line in third.stdout)
+    first.end()
+    third = Begun(TRAIN, *flags, "--resume")                            # its death frees the folder
+    assert any("going on from" in line for line in third.output)
     third.kill()
-    third.communicate()
+    third.end()
 
 
 def test_every_moment_of_a_save(world, tmp_path, monkeypatch, in_this_process):
@@ -304,14 +297,14 @@ def test_every_moment_of_a_save(world, tmp_path, monkeypatch, in_this_process):
 
 def test_ctrl_c_typed(world, tmp_path, capsys, in_this_process):
     """The process says how to go on, and leaves with 130; what it says, typed, does go on."""
-    run_train(*flags_of(world, "kept features", tmp_path / "whole", "--max_steps", 400))
+    run_train(*flags_of(world, "kept features", tmp_path / "whole", "--max_steps", 200))
     log = tmp_path / "cut.run" / "metrics.jsonl"
-    process = start(*flags_of(world, "kept features", tmp_path / "cut", "--max_steps", 400,
+    process = Begun(TRAIN, *flags_of(world, "kept features", tmp_path / "cut", "--max_steps", 200,
                               "--dataloader_num_workers", 1))
     written = wait_for(process, lambda: os.path.isfile(log) and os.path.getsize(log) > 1000)
-    assert written, process.stdout.read()
+    assert written, process.output.read()
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said = process.end()
     assert process.returncode == 130 and "Traceback" not in said, said
     program, script, *flags = shlex.split(re.search(r"go on with: (.*)", said)[1])
     assert (program, os.path.basename(script), flags[-1]) == ("python", "train.py", "--resume")
@@ -337,8 +330,8 @@ def test_other_numbers_of_processes(world, two, tmp_path, monkeypatch, in_this_p
     assert losses[0][:4] == losses[1][:4] and largest_difference("losses", *losses) < tolerance
     two.begin(*parts, "--resume")
     refused = "error: .*written by 1 processes.* so 2 cannot go on; start 1"
-    for how, said in two.end():
-        assert how == "exit 1" and re.search(refused, said)
+    for code, said in two.end():
+        assert code == 1 and re.search(refused, said)
 
 
 def test_two_processes_stop_together(world, two, tmp_path):
@@ -350,8 +343,8 @@ def test_two_processes_stop_together(world, two, tmp_path):
     written = wait_for(last, lambda: os.path.isfile(log) and os.path.getsize(log) > 3000)
     assert written, two.end()
     last.send_signal(signal.SIGTERM)
-    (how, said), (other, quiet) = two.end()
-    assert how == other == "exit 130", said + quiet
+    (code, said), (other, quiet) = two.end()
+    assert code == other == 130, said + quiet
     assert "go on with: deepspeed --num_gpus 2 train.py --stage 2" in said
     assert "go on with" not in quiet
     latest = (tmp_path / "cut.run" / "latest").read_text()

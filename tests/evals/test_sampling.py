@@ -1,4 +1,4 @@
-"""tools/sampling.py: every flag against transformers' `generate` on the same random LLaVA.
+"""evals/sampling.py: every flag against transformers' `generate` on the same random LLaVA.
 
 Prompts are ids; the image stands in them once per patch, on both sides. Nobody can say an image:
 for transformers it is the last token of the vocabulary, whose row of `lm_head` is cut off here.
@@ -13,8 +13,7 @@ from test_packed import PATCHES, pixels
 from test_peers import IMAGE_TOKEN, VOCAB, llava_twins, transformers
 
 from data import BOS, EOS, IMAGE_ID
-from support.common import InputError
-from tools.sampling import (
+from evals.sampling import (
     Conversation,
     Sampling,
     ban_repeated_ngrams,
@@ -24,6 +23,7 @@ from tools.sampling import (
     next_token,
     penalise_repetition,
 )
+from support.common import InputError
 
 PENALTIES = ({}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2},
              {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3})

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import EOS, IMAGE, IMAGE_ID, Batch, encode_conversation, expand
+from data import EOS, IMAGE, IMAGE_ID, SYSTEM, Batch, encode_conversation, expand
 from llama import KVCache
 from model import answer_states
 from support.common import InputError
@@ -153,8 +153,9 @@ class Conversation:
     interrupt anywhere.
     """
 
-    def __init__(self, model, head, image=None):
+    def __init__(self, model, head, image=None, system=SYSTEM):
         self.trunk, self.head, self.tokenizer = model.trunk, head, model.tokenizer
+        self.system = system
         self.image, self.ids, self.image_features = image, [], None
         parameter = next(self.trunk.parameters())
         device, config = parameter.device, self.trunk.config.text
@@ -219,7 +220,8 @@ class Conversation:
             # What stands behind an answer is the same for every answer, so "-" stands for it. An
             # answer that was cut short gets its `</s>` now.
             turns = [("-", "-"), (question, None)]
-        ids, _ = encode_conversation(self.tokenizer, turns, has_image=self.image is not None)
+        ids, _ = encode_conversation(self.tokenizer, turns, self.system,
+                                     has_image=self.image is not None)
         if not begins:
             end = ids.index(EOS)
             ids = ids[end + 1:] if self.ids[-1] == EOS else ids[end:]

@@ -1,4 +1,4 @@
-"""tools/sampling.py: a conversation of several turns against one plain forward over all of it, and
+"""evals/sampling.py: a conversation of several turns against one plain forward over all of it, and
 what interruptions and limits leave behind.
 """
 import pytest
@@ -8,10 +8,10 @@ from test_packed import PATCHES, alone, expanded, pixels
 from test_sampling import conversation_of, talk
 
 from data import BOS, EOS, IGNORE, IMAGE, IMAGE_ID, Tokenizer, collate, encode_conversation, pack
+from evals.sampling import Sampling
 from model import generate
 from post_decoder import VARIANTS
 from support.common import InputError
-from tools.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_two_turns_are_one_conversation(world, image, monkeypatch, variant):
     conversation = conversation_of(trunk, head, image, tokenizer)
     for question, answer in turns[:2]:
         script = iter(tokenizer.encode(answer) + [EOS])
-        monkeypatch.setattr("tools.sampling.next_token", lambda *_, script=script: next(script))
+        monkeypatch.setattr("evals.sampling.next_token", lambda *_, script=script: next(script))
         said = list(conversation.answer(question.removeprefix(f"{IMAGE}\n"), Sampling()))
         assert tokenizer.decode(said) == tokenizer.decode(tokenizer.encode(answer))
     read = conversation.seen.hidden_states.shape[1]                      # all but the last `</s>`
