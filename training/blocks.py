@@ -83,3 +83,6 @@ def resolve_block(args):
     if args.block != ["head"] and not trained:
         raise InputError(f"--block {','.join(args.block)}: a block that is not trained stays the "
                          "identity; add post_decoder to --tune")
+    if args.block == ["head"] and args.block_intermediate_size:
+        raise InputError(f"--block_intermediate_size {args.block_intermediate_size}: no block is "
+                         "made; leave it out, or add post_decoder to --tune")

@@ -100,6 +100,8 @@ def test_the_width_of_a_block_that_is_brought_along(world, tmp_path, in_this_pro
     with pytest.raises(InputError, match="--block_intermediate_size 20: --init .*first brings"):
         parse_flags(["--stage", "1", "--block_intermediate_size", "20", "--init",
                      str(tmp_path / "first"), *dpo_flags(world)])
+    with pytest.raises(InputError, match="--block_intermediate_size 20: no block is made"):
+        parse_flags(["--tune", "lm_head", "--block_intermediate_size", "20"])
 
 
 def test_the_original_block(world, tmp_path, capsys, in_this_process):
