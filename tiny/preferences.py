@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoints.weights import load_weights
-from data import IMAGE, Example, PackedDataset, read_image_index
+from data import IMAGE, Example, PackedDataset
 from model import answer as answers_to
 from support.common import id_text, read_json, write_json
+from support.hadpo import read_image_index
 from support.outputs import Journal, digest
 from tiny.pictures import NAMES, SCENES
 from tiny.world import answer, hallucinated, save, sentence
