@@ -194,7 +194,8 @@ def test_earlier_answers_are_prompt(world, tmp_path):
 
 # ---- SENTINEL's form -----------------------------------------------------------------------------
 
-LAKE = {"question": "is there a dog", "context": "yes there is.", "y_win": "a cat", "y_lose": "a dog"}
+LAKE = {"question": "is there a dog", "context": "yes there is.",
+        "y_win": "a cat", "y_lose": "a dog"}
 
 
 def by_image(folder, values):
@@ -233,7 +234,8 @@ def test_images_by_their_number(tmp_path):
     os.makedirs(tmp_path / "VG_100K")
     index = [{"image_id": 17, "url": "http://x/VG_100K/17.jpg"}]
     (tmp_path / "image_data.json").write_text(json.dumps(index))
-    examples = read_preferences([by_image(tmp_path, {"17": [LAKE], "a.png": [LAKE]})], str(tmp_path))
+    file = by_image(tmp_path, {"17": [LAKE], "a.png": [LAKE]})
+    examples = read_preferences([file], str(tmp_path))
     assert [example.image for example in examples] == [
         str(tmp_path / "VG_100K" / "17.jpg"), str(tmp_path / "a.png")]
 
