@@ -52,8 +52,8 @@ from support.common import (
 )
 from support.images import check_images
 from support.outputs import Journal, check_output_file, digest, gathered
-from tiny.prepare import world_beside
 from tiny.preferences import Pairs, ask_base, description_pairs
+from tiny.prepare import world_beside
 
 IMAGES = 5000           # are drawn where the user names no number
 
@@ -74,7 +74,7 @@ def continuations(conversation, count, ends, sampling, generator):
     """Draw `count` next sentences of what was said, each up to a character in `ends` → [Sentence].
 
     Each is a branch of the conversation's row, and all read a token each per step. The conversation
-    stays as it was. A sentence that is cut by `max_new_tokens` is none, and neither is an empty one.
+    stays as it was. What `max_new_tokens` cuts off is left out, and so is an empty sentence.
     """
     start, tokenizer = len(conversation.ids), conversation.tokenizer
     limit = min(sampling.max_new_tokens, conversation.trunk.config.max_length - start)
@@ -119,7 +119,7 @@ def sort_out(sentences, context, shown, words):
 def pairs_of(draw, shown, words, most):
     """The pairs of one image → [{"context", "y_win", "y_lose"}].
 
-    `draw(before)`: several next sentences behind the Sentences `before`; None when the description
+    `draw(before)`: several next sentences behind the Sentences `before`, none when the description
     is over. `most`: so many sentences at most.
     """
     before, rows = [], []
