@@ -287,9 +287,10 @@ def parser():
         help=f"so many images; default {IMAGES:,}, in the tiny world all")
     add("--samples", type=Number("--samples", int, above=0), default=usual.samples,
         help="draws for each sentence; default %(default)s")
-    for name in ("temperature", "top_p"):
-        add(f"--{name}", type=float, default=getattr(usual, name),
-            help="of the draws; default %(default)s")
+    add("--temperature", type=float, default=usual.temperature,
+        help="of the draws; default %(default)s")
+    add("--top_p", type=float, default=usual.top_p,
+        help="draw among the likeliest, as many as have this probability; default %(default)s")
     add("--max_sentences", type=Number("--max_sentences", int, above=0),
         default=usual.max_sentences, help="of a description; default %(default)s")
     add("--max_new_tokens", type=Number("--max_new_tokens", int, above=0),
