@@ -243,6 +243,7 @@ def mine_sentences(args):
                          "--images and what they show with --annotations")
     notes = read_json(path, list)[:args.num_images]
     asked = [[note["describe"]] for note in notes]
+    args.bf16 = bool(args.bf16)             # as the pairs of a run without files are made
     model, name = load(args)
     say(f"{len(notes)} images, described by {name}: greedy")
     texts = ask_base(model, world, notes, asked, who(model, args) | {"questions": digest(asked)})
