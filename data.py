@@ -22,9 +22,9 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 from llama import PAD_BRANCH
-from support.common import InputError, field, id_text, read_json
-from support.hadpo import read_hadpo_json
-from support.images import below, fit_thin, open_image
+from support.common import InputError, field, id_text
+from support.hadpo import read_hadpo_json, read_image_index
+from support.images import fit_thin, open_image
 
 IMAGE = "<image>"                         # LLaVA's mark of the image's place in a text
 PAD, BOS, EOS, IMAGE_ID, IGNORE = 0, 1, 2, -200, -100       # the last two are LLaVA's
@@ -47,18 +47,10 @@ class Example:
     image: str                # path, or None
     conversations: list       # that begin alike, each [(question, answer), ...]; None: not answered
     given: int = 0            # so many of their first answers are not learnt: they are prompt
+    context: str = None       # so the last answers begin, which is prompt, too; they have no `</s>`
 
     def characters(self):
         return sum(len(q) + len(a or "") for turns in self.conversations for q, a in turns)
-
-
-def read_image_index(vg_path):
-    """Visual Genome's image_data.json → {image_id, as text: path}, the end of its url."""
-    path = os.path.join(vg_path, "image_data.json")
-    pairs = [(field(row, "image_id", (int, str), path, n), field(row, "url", str, path, n))
-             for n, row in enumerate(read_json(path, list))]
-    return {id_text(key): below(vg_path, os.path.join(*url.split("/")[-2:]), f"{path}, row {n}")
-            for n, (key, url) in enumerate(pairs)}
 
 
 def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed=42):
@@ -135,11 +127,12 @@ class Tokenizer:
         return self.model.decode(known)
 
 
-def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True, given=0):
+def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True, given=0, context=None):
     """[(question, answer), ...] → ids, labels: lists of the same length, LLaVA's `v1` template.
 
-    Labels are the ids of answers (not of the first `given`) and `</s>`, IGNORE elsewhere. Each
-    text around `<image>`, which is text itself where no image is, has its own leading space mark.
+    Labels are the ids of answers (not of the first `given`, nor of the last one's `context`) and
+    `</s>`, IGNORE elsewhere. Each text around `<image>`, which is text itself where no image is,
+    has its own leading space mark.
     """
     ids, text, continues, labels = [BOS], system + " ", False, [IGNORE]
     for number, (question, answer) in enumerate(turns):
@@ -151,7 +144,10 @@ def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True, given=0
         if answer is not None:
             if not answer.strip():
                 raise InputError(f"the answer to {question!r} is empty; remove the row")
-            ids += tokenizer.encode(answer) + [EOS]
+            is_part = context is not None and number == len(turns) - 1
+            said, begun = tokenizer.encode(answer), tokenizer.encode(context) if is_part else []
+            ids += said if is_part else said + [EOS]
+            labels += [IGNORE] * len(os.path.commonprefix((said, begun)))
             labels += ids[len(labels):] if number >= given else []
         text, continues = "", True
     return ids, labels
@@ -331,7 +327,8 @@ class PackedDataset(torch.utils.data.Dataset):
         example, f = self.examples[i], self.format
         try:
             sequences = [encode_conversation(f.tokenizer, turns, f.system, bool(example.image),
-                                             example.given) for turns in example.conversations]
+                                             example.given, example.context)
+                         for turns in example.conversations]
             return pack(sequences, f.num_patches, f.max_length, example.image)
         except InputError as e:
             raise InputError(f"example {i} of the data: {e}") from e

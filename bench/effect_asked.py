@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints.load import Source, load_all
-from data import DESCRIBE, IGNORE, IMAGE, Example, PackedDataset, read_image_index
+from data import DESCRIBE, IGNORE, IMAGE, Example, PackedDataset
 from dpo import Loss, Objective
 from eval_pope import ask, calibration, measure, open_prompts, says_yes
 from model import answer
 from support.common import device_and_dtype, id_text, read_json
+from support.hadpo import read_image_index
 from support.questions import question_files, read_pope
 from tiny.pictures import NAMES, STREAMS
 from tiny.world import Shown, conversation, hallucinated, well_formed

@@ -9,8 +9,8 @@ instructions are in our own words.
 import os
 from dataclasses import dataclass
 
-from data import read_image_index
 from support.common import InputError, check_text, field, id_text, progress, read_json, say
+from support.hadpo import read_image_index
 from training.conversations import CHUNK, parse_row, whole_objects
 
 INSTRUCTIONS = """\

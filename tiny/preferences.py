@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoints.weights import load_weights
-from data import IMAGE, Example, PackedDataset, read_image_index
+from data import IMAGE, Example, PackedDataset
 from model import answer as answers_to
 from support.common import id_text, read_json, write_json
+from support.hadpo import read_image_index
 from support.outputs import Journal, digest
 from tiny.pictures import NAMES, SCENES
 from tiny.world import answer, hallucinated, save, sentence
@@ -57,24 +58,35 @@ def write_preferences(root, answers, pairs=None, folder=None):
 
 def write_pairs(notes, answers, pairs, folder):
     """The same from notes of preference.json's form."""
-    held_out = set(NAMES[len(NAMES) - pairs.held_out:]) if pairs.held_out else set()
-    rng, pope, descriptions = np.random.default_rng(len(notes)), [], {}
-    for note in notes[:pairs.images or None]:
-        image_id = note["image_id"]
+    rng, pope, notes_used = np.random.default_rng(len(notes)), [], notes[:pairs.images or None]
+    for note in notes_used:
         for q in note["questions"]:
             flip = rng.random() < pairs.flipped
-            if q["word"] not in held_out:
-                said = answers[image_id, q["question"]].strip()
+            if q["word"] not in held_out(pairs):
+                said = answers[note["image_id"], q["question"]].strip()
                 pope.append(question_pair(note, q, said, flip))
-        said = answers[image_id, note["describe"]].strip() if "describe" in note else ""
-        chosen = chosen_description(note, said, pairs)
-        named = {*hallucinated(said, []), *note["objects"]}
-        if chosen and hallucinated(said, note["objects"]) and not named & held_out:
-            descriptions[str(image_id)] = {"chosen": [chosen], "rejected": [said]}
+    descriptions = description_pairs(notes_used, answers, pairs)
     save(f"{folder}/desc_data.json", descriptions)
     save(f"{folder}/pope_data.json", pope)
     wrong = sum(not row["correct"] for row in pope)
     return {"questions": len(pope), "wrong": wrong, "descriptions": len(descriptions)}
+
+
+def held_out(pairs):
+    return set(NAMES[len(NAMES) - pairs.held_out:]) if pairs.held_out else set()
+
+
+def description_pairs(notes, answers, pairs):
+    """The rows of desc_data.json: of the images where what was said names a wrong object."""
+    descriptions = {}
+    for note in notes:
+        image_id = note["image_id"]
+        said = answers[image_id, note["describe"]].strip() if "describe" in note else ""
+        chosen = chosen_description(note, said, pairs)
+        named = {*hallucinated(said, []), *note["objects"]}
+        if chosen and hallucinated(said, note["objects"]) and not named & held_out(pairs):
+            descriptions[str(image_id)] = {"chosen": [chosen], "rejected": [said]}
+    return descriptions
 
 
 def question_pair(note, q, said, flip):

@@ -8,11 +8,16 @@ A row's form follows from its keys:
     TRL                 prompt, chosen, rejected, images; texts, or lists of messages
     LLaMA-Factory       conversations, chosen and rejected as one message each, images
     ms-swift            messages that end with the chosen answer, rejected_response, images
+    SENTINEL            question, context, y_win, y_lose (image: the row's key in its file)
 
-Follows the data sets of RLHF-V (arXiv 2312.00849) and RLAIF-V (arXiv 2405.17220), and the documents
-of huggingface/trl, hiyouga/LLaMA-Factory and modelscope/ms-swift. The question becomes HA-DPO's:
-`<image>`, a new line, the text. What cannot be the same here is refused: several images, video,
-tools, a system prompt of the row's own.
+Follows the data sets of RLHF-V (arXiv 2312.00849), RLAIF-V (arXiv 2405.17220) and SENTINEL (arXiv
+2507.12455), and the documents of huggingface/trl, hiyouga/LLaMA-Factory and modelscope/ms-swift.
+The question becomes HA-DPO's: `<image>`, a new line, the text. What cannot be the same here is
+refused: several images, video, tools, a system prompt of the row's own.
+
+A context is the beginning of the answer. It is given and not learnt, and what follows it need not
+be the answer's end, so no `</s>` is learnt. SENTINEL's program learns one behind a first sentence,
+whose context is empty; here only a context of null means a whole answer.
 """
 import base64
 import binascii
@@ -34,10 +39,12 @@ class Pair:
     rejected: str
     image: str = None       # a path as it stands in the row, or:
     has_bytes: bool = False             # the picture itself stands in the row
+    context: str = None     # both answers begin with it; None: they are whole answers
 
     def conversations(self):
         *before, (question, _) = self.turns
-        return [[*before, (question, answer)] for answer in (self.chosen, self.rejected)]
+        begun = f"{self.context} " if self.context else ""
+        return [[*before, (question, begun + answer)] for answer in (self.chosen, self.rejected)]
 
 
 def read_pair(row, place):
@@ -74,7 +81,11 @@ def read_pair(row, place):
         texts = marked(texts, refuse)
     turns = list(zip(texts[::2], [*texts[1::2], None], strict=True))
     refuse(not all(text.strip() for text in texts), "a turn is empty")
-    return Pair(turns, chosen, rejected, image, has_bytes)
+    context = row.get("context") if "y_win" in row else None                # SENTINEL
+    if context is None:
+        return Pair(turns, chosen, rejected, image, has_bytes)
+    refuse(not isinstance(context, str), f"its context is a {type(context).__name__}")
+    return Pair(turns, chosen.strip(), rejected.strip(), image, has_bytes, context.strip())
 
 
 # ---- The words -----------------------------------------------------------------------------------
@@ -83,7 +94,9 @@ def read_pair(row, place):
 def split(row, place):
     """A row → [(role, text), ...] up to the last question, and the chosen and rejected answers."""
     messages = row.get("messages") or row.get("conversations")
-    chosen, rejected, second = row.get("chosen"), row.get("rejected"), row.get("rejected_response")
+    chosen, rejected = (row.get(name, row.get(sentinels)) for name, sentinels in
+                        (("chosen", "y_win"), ("rejected", "y_lose")))
+    second = row.get("rejected_response")
     system = [("system", row["system"])] if row.get("system") else []
     if isinstance(second, str) and messages:                                # ms-swift
         *history, (role, answer) = said_in(messages, place)
@@ -107,7 +120,8 @@ def split(row, place):
         return system + prompt, chosen, rejected
     raise InputError(f"{place}: is no preference pair of a form that is known here (keys: "
                      f"{', '.join(map(str, list(row)[:8]))}); the forms are RLHF-V's, TRL's, "
-                     "LLaMA-Factory's and ms-swift's, see docs/training.md")
+                     "LLaMA-Factory's, ms-swift's and SENTINEL's, see "
+                     "docs/training.md")
 
 
 def said_in(messages, place):

@@ -7,21 +7,27 @@ A file is a JSON list, a JSON object per line, or (where pyarrow is installed) p
 means follows from its keys (pairs.py). Each row is read once at the start: whatever is wrong with
 it is an InputError that names file and row, before anything is trained. After that memory holds
 some 30 bytes of a row. Several files are one data set, in the order in which they are named.
+
+SENTINEL's file is one object {image: [row, ...]}, and small; its rows stay in memory.
 """
 import bisect
 import functools
+import json
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from data import Example
-from support.common import InputError, progress
+from support.common import InputError, id_text, of_type, progress, read_json
+from support.hadpo import read_image_index
 from support.images import ImageInFile, below
 from training.conversations import chunks_of_rows, parse_row
 from training.pairs import picture_bytes, read_pair
 
 TURN = 64       # tokens of the template around a turn, at most
+HEAD = 2 ** 16  # characters from which a file of SENTINEL's form is known
 
 
 def read_preferences(paths, image_folder):
@@ -62,7 +68,10 @@ class PreferenceFile:
 
     def __init__(self, path, image_folder):
         self.path, self.image_folder = path, image_folder
-        self.rows = ParquetRows(path) if is_parquet(path) else JsonRows(path)
+        if is_parquet(path):
+            self.rows = ParquetRows(path)
+        else:
+            self.rows = RowsByImage(path, image_folder) if is_by_image(path) else JsonRows(path)
         tokens, has_image, images = [], [], {}
         for i, row in enumerate(self.rows.all()):
             example = self.made(read_pair(row, self.place(i)), i)
@@ -92,7 +101,7 @@ class PreferenceFile:
         if pair.has_bytes:
             image = ImageInFile(self.place(i))
             image.read = functools.partial(picture, self.rows, i, self.place(i))
-        return Example(image, pair.conversations(), given=len(pair.turns) - 1)
+        return Example(image, pair.conversations(), len(pair.turns) - 1, pair.context)
 
 
 def picture(rows, i, place):
@@ -119,6 +128,43 @@ class JsonRows:
         begin, end = self.spans[i].tolist()
         with open(self.path, "rb", buffering=0) as file:
             return parse_row(os.pread(file.fileno(), end - begin, begin), self.path, i)
+
+
+def is_by_image(path):
+    """Whether a file is an object {image: [row, ...]} with SENTINEL's rows."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        head = file.read(HEAD)
+    begins = re.match(r'\s*\{\s*"[^"]*"\s*:\s*\[\s*(?=\{)', head)
+    try:
+        row, _ = json.JSONDecoder().raw_decode(head, begins.end()) if begins else ({}, 0)
+    except (ValueError, RecursionError):
+        return False
+    return "y_win" in row
+
+
+class RowsByImage:
+    """SENTINEL's file. An image is called by its path below `image_folder`, or by its number in the
+    image_data.json that lies there: then the folder is Visual Genome's.
+    """
+
+    def __init__(self, path, image_folder):
+        folder, names = image_folder or "", {}
+        if os.path.isfile(os.path.join(folder, "image_data.json")):
+            names = {number: os.path.relpath(found, folder)
+                     for number, found in read_image_index(folder).items()}
+        self.rows = []
+        for image, rows in read_json(path, dict).items():
+            place, name = f"{path}, image {image}", names.get(id_text(image), image)
+            self.rows += [of_type(row, dict, place) | {"image": name}
+                          for row in of_type(rows, list, place)]
+
+    def all(self):
+        return self.rows
+
+    def row(self, i):
+        return self.rows[i]
 
 
 def is_parquet(path):

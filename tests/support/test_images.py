@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 from small_files import INDEX, TALK, changed, photo, write_files
 
-from data import read_image_index
 from support import images
 from support.common import InputError
+from support.hadpo import read_image_index
 from support.images import below, check_images, open_image
 from training import conversations
 from training.conversations import image_paths, read_llava

@@ -192,6 +192,65 @@ def test_earlier_answers_are_prompt(world, tmp_path):
     assert packed.input_ids[:packed.branch.count(0)] == ids[:len(ids) - len(learnt[0])]
 
 
+# ---- SENTINEL's form -----------------------------------------------------------------------------
+
+LAKE = {"question": "is there a dog", "context": "yes there is.",
+        "y_win": "a cat", "y_lose": "a dog"}
+
+
+def by_image(folder, values):
+    """A file of SENTINEL's form, beside a picture a.png."""
+    Image.new("RGB", (9, 9)).save(folder / "a.png")
+    path = folder / "mined.json"
+    path.write_text(json.dumps(values, indent=4))
+    return str(path)
+
+
+def learnt_of(row, branch):
+    pairs = zip(row.target, row.target_branch, strict=True)
+    return [token for token, number in pairs if number == branch]
+
+
+def test_a_context_is_prompt(world, tmp_path):
+    """It stands in the prefix and is not learnt; what follows it is, without `</s>`."""
+    other = LAKE | {"context": None, "y_win": "no", "y_lose": "yes"}
+    first = LAKE | {"context": "", "y_win": "no", "y_lose": "yes"}
+    file = by_image(tmp_path, {"a.png": [LAKE, other], "./a.png": [first]})
+    examples, tokenizer = read_preferences([file], str(tmp_path)), Tokenizer(world.tokenizer)
+    format = row_format(load_base(world.base).config, tokenizer)
+    packed = [PackedDataset(examples, format).row(i) for i in range(3)]
+    assert [[learnt_of(row, branch) for branch in (1, 2)] for row in packed] == [
+        [tokenizer.encode("a cat"), tokenizer.encode("a dog")],
+        [tokenizer.encode("no") + [2], tokenizer.encode("yes") + [2]],      # a whole answer
+        [tokenizer.encode("no"), tokenizer.encode("yes")]]                  # a first sentence
+    ids, _ = encode_conversation(tokenizer, [(f"{IMAGE}\nis there a dog", None)])
+    prefix = [token for token in packed[0].input_ids[:packed[0].branch.count(0)] if token >= 0]
+    assert prefix == [token for token in ids if token >= 0] + tokenizer.encode("yes there is.")
+    assert pickle.loads(pickle.dumps(examples))[0] == examples[0]
+
+
+def test_images_by_their_number(tmp_path):
+    """SENTINEL's own files say Visual Genome's ids, and --image_folder is Visual Genome's."""
+    os.makedirs(tmp_path / "VG_100K")
+    index = [{"image_id": 17, "url": "http://x/VG_100K/17.jpg"}]
+    (tmp_path / "image_data.json").write_text(json.dumps(index))
+    file = by_image(tmp_path, {"17": [LAKE], "a.png": [LAKE]})
+    examples = read_preferences([file], str(tmp_path))
+    assert [example.image for example in examples] == [
+        str(tmp_path / "VG_100K" / "17.jpg"), str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize("values, message", (
+    ({"a.png": [LAKE, LAKE | {"context": 3}]}, "row 1: its context is a int"),
+    ({"a.png": [LAKE, LAKE | {"y_lose": " "}]}, "row 1: the rejected answer is empty"),
+    ({"a.png": [LAKE, LAKE | {"y_lose": None}]}, "row 1: is no preference pair"),
+    ({"a.png": [LAKE], "b.png": LAKE}, "image b.png: holds a dict where a list should be"),
+    ({"a.png": [LAKE, 3]}, "image a.png: holds a int where a dict should be")))
+def test_wrong_files_of_sentinels_form(tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
+        read_preferences([by_image(tmp_path, values)], str(tmp_path))
+
+
 def test_rows_stay_on_disk(world, handful, tmp_path):
     """What is read at the start is not kept: a row that changes on disk is another row."""
     _, rows = handful
