@@ -89,7 +89,7 @@ def prepare_tiny_world(args, train, device):
         train(stage_0(args, untrained, base))
     args.model_name_or_path = base
     args.vg_path = os.path.join(world, "VG")
-    if first and not (args.data_path or args.pope_data_path):
+    if first and not (args.data_path or args.pope_data_path and args.desc_data_path):
         mine_preferences(world, base, device)
     dist.barrier()
     if not args.data_path:

@@ -35,7 +35,7 @@ def look_at_the_data(args, tiny):
         raise InputError(f"--{kinds[0]} and --{kinds[1]} are two kinds of data: name one of them")
     needed = ("vg_path", *PAIRS) if pairs or not kinds else kinds
     if tiny:
-        needed = PAIRS if pairs else kinds
+        needed = pairs or kinds                 # what is not named is mined from the base
     or_else = "; or --data_path alone, conversations" if args.loss == "sft" else ""
     for name in needed:
         paths = getattr(args, name)

@@ -176,6 +176,22 @@ def test_the_tiny_world(root, tmp_path, name):
     assert not [path for path in os.listdir(root / "world") if path.startswith("unfinished")]
 
 
+def test_rounds_in_the_tiny_world(root):
+    """Mine, train, mine from what was trained, train on; only the descriptions are named. The first
+    mining gives the pairs of a run without files.
+    """
+    few = "--stage", 1, "--max_steps", 2, "--per_device_train_batch_size", 8
+    for name, before in (("one", "base"), ("two", "one")):
+        succeeds(*MINE, root / before, "--output", root / f"{name}.json")
+        init = ["--init", root / before] * (name == "two")
+        said = succeeds("python", "train.py", *few, *init, "--desc_data_path",
+                        root / f"{name}.json", "--output_dir", root / name)
+        pairs = len(load_json(root / f"{name}.json"))
+        assert f"{144 + 2 * pairs} examples, 2 steps" in said
+    assert load_json(root / "one.json") == load_json(root / "world" / "hadpo" / "desc_data.json")
+    assert load_json(root / "one.json") != load_json(root / "two.json")
+
+
 # ---- COCO's form ---------------------------------------------------------------------------------
 
 
