@@ -1,2 +1,2 @@
-"""Programs to look and to talk: `python -m tools.chat`, explain, report, plots, merge, export,
-doctor."""
+"""Programs to look and to talk: `python -m tools.chat`, explain, report, plots, mine, merge,
+export, doctor."""
