@@ -24,16 +24,21 @@ threshold on it would give, chosen afterwards on these very questions: what mere
 reach.
 """
 import argparse
-import json
 import os
 from dataclasses import asdict, dataclass
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import numpy as np
-import torch.distributed as dist
 
 from checkpoints.card import add_pope
-from checkpoints.load import Source, checkpoint_type, checkpoints_among, load_all, weights_of
+from checkpoints.load import (
+    Source,
+    checkpoint_type,
+    checkpoints_among,
+    load_all,
+    trained_folders,
+    weights_of,
+)
 from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from model import Llava, answer
 from support.common import (
@@ -46,7 +51,15 @@ from support.common import (
 )
 from support.folders import check_can_write
 from support.images import check_images
-from support.outputs import Journal, check_output_folder, digest, gathered, write_text
+from support.outputs import (
+    Journal,
+    check_output_folder,
+    digest,
+    gathered,
+    write_rows,
+    write_value,
+)
+from support.processes import end_processes, place, start_processes
 from support.questions import SPLITS, find_images, question_files, read_pope
 from tiny.prepare import world_beside
 from training.guards import long_rows
@@ -115,9 +128,7 @@ def ask(model, prompts, max_new_tokens, batch_size=None, journal=None, decode=an
     if known:
         say(f"going on: the answers about {len(known)} of {len(images)} images are there already")
     rest = [i for i, image in enumerate(images) if image not in known]
-    rank, world_size = 0, 1
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = place()
     for i, heads in decode(model, dataset, max_new_tokens, batch_size, rest[rank::world_size],
                            words):
         said = []                                   # for every head [(answer, yes-score), ...]
@@ -243,8 +254,7 @@ def evaluate(args):
     args.checkpoints = checkpoints_among(args.checkpoints)
     first = args.checkpoints[0]
     rank = int(os.environ.get("RANK", 0))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")                     # only answers are exchanged
+    start_processes()
     world, beside = world_beside(first)
     files = question_files(args.pope_path or os.path.join(world, "pope"), args.set)
     questions = {split: read_pope(path) for split, path in files.items()}
@@ -289,20 +299,17 @@ def write_answers(folder, evaluation, checkpoints):
     check_can_write(folder)
     for name, answers in evaluation.answers.items():
         for split, rows in evaluation.questions.items():
-            lines = []
+            said = []
             for q in rows:
                 text, yes_score = answers[q["image"], q["text"]]
-                row = {"question_id": q.get("question_id"), "image": q["image"],
-                       "question": q["text"], "answer": text, "yes_score": yes_score}
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-            write_text(os.path.join(folder, f"{name}_{split}.jsonl"), "".join(lines))
-    names = [name for name in evaluation.answers if name != "base"]
-    folders = [path for path in checkpoints if checkpoint_type(path) != "base"]
-    values = {"protocol": evaluation.protocol,
-              "checkpoints": dict(zip(names, folders, strict=True)), "metrics": evaluation.metrics}
-    write_text(os.path.join(folder, "metrics.json"),
-               json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    for path in folders:
+                said.append({"question_id": q.get("question_id"), "image": q["image"],
+                             "question": q["text"], "answer": text, "yes_score": yes_score})
+            write_rows(os.path.join(folder, f"{name}_{split}.jsonl"), said)
+    folders = trained_folders(evaluation.answers, checkpoints)
+    write_value(os.path.join(folder, "metrics.json"),
+                {"protocol": evaluation.protocol, "checkpoints": folders,
+                 "metrics": evaluation.metrics})
+    for path in folders.values():
         add_pope(path, f"Protocol `{evaluation.protocol}`.\n{table(evaluation.metrics)}\n")
     print(f"\nanswers and metrics.json: {folder}")
 
@@ -335,8 +342,7 @@ def main():
     evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args(pope_arguments()))
     if evaluation:                      # it is on rank 0 only
         evaluation.journal.remove()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

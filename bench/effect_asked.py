@@ -21,10 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoints.load import Source, load_all
+from checkpoints.load import Source, load_one
 from data import DESCRIBE, IGNORE, IMAGE, Example, PackedDataset
 from dpo import Loss, Objective
 from eval_pope import ask, calibration, measure, open_prompts, says_yes
+from evals import chair
+from evals.objects import Mention
 from model import answer
 from support.common import device_and_dtype, id_text, read_json
 from support.hadpo import read_image_index
@@ -39,10 +41,7 @@ HELD_OUT = NAMES[-4:]           # the classes of tiny.prepare's --held_out 4
 def load(checkpoint):
     """A Llava whose only head is the checkpoint's, on this machine's device, in fp32."""
     device, _ = device_and_dtype(False)
-    model = load_all(Source([checkpoint]), device, torch.float32)
-    name = list(model.heads)[-1]
-    model.heads = {name: model.heads[name]}
-    return model
+    return load_one(Source([checkpoint]), device, torch.float32)
 
 
 def questions_of(root, validation):
@@ -101,21 +100,19 @@ def said_right(q, said):
 
 
 def describe_all(model, image_folder, truth):
-    """CHAIR's numbers of a description of every image."""
+    """CHAIR's numbers of a description of every image. A class counts once in a description."""
     conversations = [[(f"{IMAGE}\n{DESCRIBE[0]}", None)]]
     examples = [Example(os.path.join(image_folder, name), conversations) for name in truth]
     dataset = PackedDataset(examples, model.row_format())
     answered = dict(answer(model, dataset, MAX_NEW_TOKENS, batch_size=64))
-    named = there = wrong = sentences = words = 0
-    for i, facts in enumerate(truth.values()):
+    judged = {}
+    for i, (name, facts) in enumerate(truth.items()):
         text = answered[i][0][0][0]
-        false = hallucinated(text, facts["objects"])
-        all_named = hallucinated(text, [])
-        named, wrong = named + len(all_named), wrong + len(false)
-        sentences, words = sentences + bool(false), words + len(text.split())
-        there += len(facts["objects"])
-    return {"chair_i": 100 * wrong / max(1, named), "chair_s": 100 * sentences / len(truth),
-            "coverage": 100 * (named - wrong) / there, "words": words / len(truth)}
+        mentions = [Mention(word, 0, 0) for word in hallucinated(text, [])]
+        judged[name] = chair.Judged(text, mentions, set(facts["objects"]))
+    numbers = chair.measure(judged)
+    return {"chair_i": numbers["chair_i"], "chair_s": numbers["chair_s"],
+            "coverage": numbers["recall"], "words": numbers["words"]}
 
 
 @torch.inference_mode()

@@ -307,6 +307,31 @@ def load_all(source, device, dtype):
     return model
 
 
+def load_one(source, device, dtype):
+    """The last model that a Source names, alone → Llava with one head."""
+    model = load_all(source, device, dtype)
+    name, head = list(model.heads.items())[-1]
+    model.heads = {name: head}
+    return model
+
+
+def load_whole(source):
+    """The base and the checkpoint of a Source as one model, in the files' dtype → Llava."""
+    path, = source.checkpoints
+    what, base = checkpoint_type(path), base_of(path, source.model_name_or_path)
+    tower = tower_of(path, source.vision_tower)
+    model = load_base(base, tower, adapter=path if what == "adapter" else None)
+    if what in ("trained", "seed"):
+        model.heads = {"trained": load_trained(path, model)}
+    return model
+
+
+def trained_folders(names, paths):
+    """{model's name: its path} of what `load_all` has loaded; the base is not among them."""
+    trained = [path for path in paths if checkpoint_type(path) != "base"]
+    return dict(zip([name for name in names if name != "base"], trained, strict=True))
+
+
 def names_of(paths, taken):
     """A name for each path, unlike all others and unlike those `taken`: its last part, if it can.
     """

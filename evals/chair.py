@@ -30,7 +30,6 @@ import random
 from dataclasses import dataclass
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
-import torch.distributed as dist
 
 from checkpoints.load import checkpoints_among
 from evals.describe import (
@@ -40,14 +39,13 @@ from evals.describe import (
     flags,
     known_as,
     read_images,
-    start_processes,
     write_metrics,
-    write_rows,
 )
 from evals.objects import annotation_files, list_of_words, read_annotations, read_words
 from support.common import InputError, Number, read_json, run_program, say
 from support.folders import check_can_write
-from support.outputs import check_output_folder
+from support.outputs import check_output_folder, write_rows
+from support.processes import end_processes, start_processes
 from support.questions import find_images
 from tiny.pictures import NAMES
 from tiny.prepare import shipped_base, world_beside
@@ -218,8 +216,7 @@ def parser():
 
 def main():
     evaluate(parser().parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ disk as soon as it is there: after an interruption the same command asks only th
 `--num_beams` above 1 each image is answered by a beam search (sampling.py), one after the other.
 """
 import argparse
-import json
 import os
 import re
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from checkpoints.load import Source, checkpoint_type, load_all
+from checkpoints.load import Source, load_all, trained_folders
 from data import DESCRIBE, IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from eval_pope import Protocol, ask, identity
 from evals.sampling import Conversation, Sampling
@@ -35,7 +33,7 @@ from support.common import (
     say,
 )
 from support.images import check_images
-from support.outputs import Journal, check_output_folder, write_text
+from support.outputs import Journal, check_output_folder, write_value
 from support.questions import read_list
 from training.guards import long_rows
 
@@ -87,12 +85,6 @@ def flags(parser, usual):
     add("--score", nargs="+", metavar="FILE", help="texts that exist already: no model is loaded")
 
 
-def start_processes():
-    """Let the processes of torchrun find each other, before any of them makes a file."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")                     # only texts are exchanged
-
-
 def describe(args, images, folder, output):
     """Ask base and checkpoints for descriptions of `images` (names in `folder`) → Descriptions.
 
@@ -124,9 +116,8 @@ def describe(args, images, folder, output):
         return None
     texts = {name: {image: text.strip() for (image, _), (text, _) in said.items()}
              for name, said in answers.items()}
-    folders = [path for path in args.checkpoints if checkpoint_type(path) != "base"]
-    names = [name for name in texts if name != "base"]
-    return Descriptions(texts, asking.told(), dict(zip(names, folders, strict=True)), journal)
+    folders = trained_folders(texts, args.checkpoints)
+    return Descriptions(texts, asking.told(), folders, journal)
 
 
 def with_beams(num_beams):
@@ -252,13 +243,7 @@ def existing(paths, known, images=None):
 # ---- What is written -----------------------------------------------------------------------------
 
 
-def write_rows(path, rows):
-    """A JSON row a line, as a whole."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def write_metrics(folder, said, values):
     """metrics.json of a judgement: how it was asked, of whom, and the numbers."""
     values = {"asked": said.told, "checkpoints": said.checkpoints, **values}
-    write_text(os.path.join(folder, "metrics.json"),
-               json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_value(os.path.join(folder, "metrics.json"), values)

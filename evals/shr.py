@@ -31,7 +31,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
-import torch.distributed as dist
 
 from checkpoints.load import checkpoints_among
 from evals.describe import (
@@ -39,16 +38,15 @@ from evals.describe import (
     describe,
     existing,
     flags,
-    start_processes,
     write_metrics,
-    write_rows,
 )
 from evals.judge import judge_of, replies
 from evals.regions import prompt_of, read_known
 from support.common import InputError, Number, progress, read_json, run_program, say
 from support.common import field as value_of
 from support.folders import check_can_write
-from support.outputs import Journal, check_output_folder, digest
+from support.outputs import Journal, check_output_folder, digest, write_rows
+from support.processes import end_processes, start_processes
 from support.questions import find_images
 from tiny.pictures import SCENES
 from tiny.prepare import shipped_base, world_beside
@@ -281,8 +279,7 @@ def parser():
 
 def main():
     evaluate(parser().parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

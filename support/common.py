@@ -9,6 +9,7 @@ cure, and `run_program` prints nothing else. All other exceptions are faults of 
 """
 import glob
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import json
@@ -247,6 +248,17 @@ def write_json(path, value):
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror}); make room there, or name "
                          "another folder") from e
+
+
+def import_fault(module):
+    """Why a module cannot be imported, in a line; None if it can. Some are there and do not fit the
+    rest.
+    """
+    try:
+        importlib.import_module(module)
+    except Exception as e:
+        return str(e).partition("\n")[0] or type(e).__name__
+    return None
 
 
 def file_digest(path):

@@ -80,6 +80,16 @@ def write_text(path, text):
                          "another path") from e
 
 
+def write_value(path, value):
+    """The same of a value, as JSON to be read by people."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path, rows):
+    """The same of rows, a JSON row a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 # ---- Files that grow -----------------------------------------------------------------------------
 
 

@@ -59,10 +59,11 @@ def write_preferences(root, answers, pairs=None, folder=None):
 def write_pairs(notes, answers, pairs, folder):
     """The same from notes of preference.json's form."""
     rng, pope, notes_used = np.random.default_rng(len(notes)), [], notes[:pairs.images or None]
+    left_out = held_out(pairs)
     for note in notes_used:
         for q in note["questions"]:
             flip = rng.random() < pairs.flipped
-            if q["word"] not in held_out(pairs):
+            if q["word"] not in left_out:
                 said = answers[note["image_id"], q["question"]].strip()
                 pope.append(question_pair(note, q, said, flip))
     descriptions = description_pairs(notes_used, answers, pairs)
@@ -73,18 +74,19 @@ def write_pairs(notes, answers, pairs, folder):
 
 
 def held_out(pairs):
+    """The classes that are in no pair."""
     return set(NAMES[len(NAMES) - pairs.held_out:]) if pairs.held_out else set()
 
 
 def description_pairs(notes, answers, pairs):
     """The rows of desc_data.json: of the images where what was said names a wrong object."""
-    descriptions = {}
+    descriptions, left_out = {}, held_out(pairs)
     for note in notes:
         image_id = note["image_id"]
         said = answers[image_id, note["describe"]].strip() if "describe" in note else ""
         chosen = chosen_description(note, said, pairs)
         named = {*hallucinated(said, []), *note["objects"]}
-        if chosen and hallucinated(said, note["objects"]) and not named & held_out(pairs):
+        if chosen and hallucinated(said, note["objects"]) and not named & left_out:
             descriptions[str(image_id)] = {"chosen": [chosen], "rejected": [said]}
     return descriptions
 
@@ -138,6 +140,11 @@ def answers_of(model, world, notes, folder):
         texts = ask_base(model, world, notes, asked, asker)
         os.makedirs(folder, exist_ok=True)
         write_json(path, {"of": asker, "answers": texts})
+    return by_question(notes, asked, texts)
+
+
+def by_question(notes, asked, texts):
+    """[questions of each image], [texts of each image] → {(image_id, question): text}."""
     return {(note["image_id"], question): text
             for note, questions, answers in zip(notes, asked, texts, strict=True)
             for question, text in zip(questions, answers, strict=True)}

@@ -159,10 +159,9 @@ def look(args):
 # ---- The page ------------------------------------------------------------------------------------
 
 
-def report(args):
-    """→ (lines, faults)"""
-    found, faults = package_faults(required())
-    cards, ram = gpus(), memory()
+def report(args, cards):
+    """`cards`: the machine's `gpus()` → (lines, faults)."""
+    (found, faults), ram = package_faults(required()), memory()
     python = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < OLDEST:
         faults.append(f"Python is {python} and must be {'.'.join(map(str, OLDEST))} or newer")
@@ -220,11 +219,12 @@ def main():
     add("--coco_path", help="the folder that holds COCO's val2014")
     add("--pope_path", nargs="+", help="POPE's folder or question files")
     args = parser.parse_args()
-    lines, faults = report(args)
+    cards = gpus()
+    lines, faults = report(args, cards)
     print("\n".join(lines))
     for fault in faults:
         print(f"wrong: {fault}")
-    print(f"next: {what_next(args, faults, gpus())}")
+    print(f"next: {what_next(args, faults, cards)}")
     sys.exit(1 if faults else 0)
 
 

@@ -25,7 +25,7 @@ import torch
 
 from checkpoints.card import pope_of, values_of, write_card
 from checkpoints.hub import folder_of, import_hub, is_name
-from checkpoints.load import base_of, checkpoint_type, load_base, load_trained, tower_of
+from checkpoints.load import Source, base_of, checkpoint_type, load_whole
 from checkpoints.save import preprocessor_config, save_base
 from clip_vit import TOWER, CLIPVisionTower
 from data import BOS, EOS, IMAGE, SYSTEM
@@ -177,7 +177,7 @@ def write_peft(folder, checkpoint):
 def refuse_block(args, what):
     """InputError for what no public program can run, before weights are read."""
     place = folder_of(args.checkpoint)
-    values = values_of(place) if os.path.isdir(place) else {}
+    values = values_of(place)
     base = values_of(folder_of(base_of(args.checkpoint, args.model_name_or_path)))
     if values.get("block") or base.get("post_interaction_block"):
         raise InputError(f"{args.checkpoint}: has a post-interaction block, which reads CLIP's "
@@ -192,13 +192,9 @@ def refuse_block(args, what):
                              "llava-hf, which writes the whole model")
 
 
-def load(args, what):
-    """The whole model, as tools.merge puts it together."""
-    base = base_of(args.checkpoint, args.model_name_or_path)
-    tower = tower_of(args.checkpoint, args.vision_tower)
-    model = load_base(base, tower, adapter=args.checkpoint if what == "adapter" else None)
-    if what in ("trained", "seed"):
-        model.heads = {"trained": load_trained(args.checkpoint, model)}
+def load(args):
+    """The whole model."""
+    model = load_whole(Source([args.checkpoint], args.model_name_or_path, args.vision_tower))
     if model.head.block_config:                     # of the notes' file only its tensors tell
         raise InputError(f"{args.checkpoint}: has a post-interaction block, and no public server "
                          "can run it")
@@ -209,7 +205,7 @@ def export(args):
     """Write OUT, which appears under its name when it is whole."""
     what = checkpoint_type(args.checkpoint)
     refuse_block(args, what)
-    model = None if args.format == "peft" else load(args, what)
+    model = None if args.format == "peft" else load(args)
     if args.format == "llava":
         save_base(args.output, model)
     else:
@@ -221,7 +217,7 @@ def export(args):
             write_hf(partial, model)
         os.rename(partial, args.output)
     place = folder_of(args.checkpoint)
-    values = values_of(place) if os.path.isdir(place) else {}
+    values = values_of(place)
     named = base_of(args.checkpoint, args.model_name_or_path)
     if what != "base" or not values.get("arguments"):
         values = values | {"base": named}

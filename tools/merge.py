@@ -14,7 +14,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
-from checkpoints.load import base_of, checkpoint_type, load_base, load_trained, tower_of
+from checkpoints.load import Source, base_of, checkpoint_type, load_whole
 from checkpoints.save import save_base
 from support.common import InputError, run_program
 from support.outputs import check_output_folder
@@ -39,11 +39,7 @@ def main():
     check_output_folder(args.output, "OUT")
     what = checkpoint_type(args.checkpoint)
     base = base_of(args.checkpoint, args.model_name_or_path)
-    adapter = args.checkpoint if what == "adapter" else None
-    tower = tower_of(args.checkpoint, args.vision_tower)
-    model = load_base(base, tower, adapter=adapter)
-    if what in ("trained", "seed"):
-        model.heads = {"trained": load_trained(args.checkpoint, model)}
+    model = load_whole(Source([args.checkpoint], base, args.vision_tower))
     if args.dtype:
         model.trunk.to(DTYPES[args.dtype])
         model.head.to(DTYPES[args.dtype])

@@ -32,12 +32,10 @@ from dataclasses import dataclass, field
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
-import torch.distributed as dist
 
-from checkpoints.load import Source, checkpoint_type, load_all, weights_of
+from checkpoints.load import Source, checkpoint_type, load_one, weights_of
 from data import DESCRIBE, EOS
 from evals.chair import choose_images
-from evals.describe import start_processes
 from evals.objects import annotation_files, read_annotations, read_words
 from evals.sampling import Conversation, Sampling, next_token
 from support.common import (
@@ -52,7 +50,8 @@ from support.common import (
 )
 from support.images import check_images
 from support.outputs import Journal, check_output_file, digest, gathered
-from tiny.preferences import Pairs, ask_base, description_pairs
+from support.processes import end_processes, place, start_processes
+from tiny.preferences import Pairs, ask_base, by_question, description_pairs
 from tiny.prepare import world_beside
 
 IMAGES = 5000           # are drawn where the user names no number
@@ -199,7 +198,7 @@ def mine_objects(args):
     model, name = load(args)
 
     # Each process mines its share. The journal keeps the pairs of an image from when it is done.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = place()
     truth = [[image, sorted(shown[image])] for image in images]
     asked = who(model, args) | {"drawing": drawing.told(), "truth": digest(truth)}
     journal = Journal(os.path.dirname(args.output) or ".", asked, rank)
@@ -247,8 +246,7 @@ def mine_sentences(args):
     model, name = load(args)
     say(f"{len(notes)} images, described by {name}: greedy")
     texts = ask_base(model, world, notes, asked, who(model, args) | {"questions": digest(asked)})
-    said = {(note["image_id"], note["describe"]): text
-            for note, (text,) in zip(notes, texts, strict=True)}
+    said = by_question(notes, asked, texts)
     return description_pairs(notes, said, Pairs()), len(notes), None
 
 
@@ -259,10 +257,8 @@ def load(args):
     """A Llava whose only head is the one that is asked, and that head's name."""
     device, dtype = device_and_dtype(args.bf16)
     source = Source([args.checkpoint], args.model_name_or_path, args.vision_tower)
-    model = load_all(source, device, dtype)
-    name = list(model.heads)[-1]
-    model.heads = {name: model.heads[name]}
-    return model, name
+    model = load_one(source, device, dtype)
+    return model, next(iter(model.heads))
 
 
 def who(model, args):
@@ -323,8 +319,7 @@ def main():
             journal.remove()
         pairs = sum(len(rows) if journal else 1 for rows in mined.values())
         print(f"{pairs:,} pairs about {len(mined):,} of {described:,} images: {args.output}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

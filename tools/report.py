@@ -36,7 +36,6 @@ from html import escape
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from eval_pope import evaluate, flags, labelled_yes, open_prompts
@@ -44,6 +43,7 @@ from model import answer_states
 from support.charts import STYLE
 from support.common import progress, run_program
 from support.outputs import check_output_file, write_text
+from support.processes import end_processes
 from tools.report_descriptions import read_descriptions, section
 from tools.report_tables import (
     answer_bars,
@@ -246,8 +246,7 @@ def main():
     if evaluation:                      # it is on rank 0 only
         write_report(args.output, evaluation, described)
         evaluation.journal.remove()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import os
 import types
 import typing
 
-from support.common import InputError, read_json
+from support.common import InputError, import_fault, read_json
 
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LARGEST_BATCH = 10 ** 6         # rows; all divisors of a batch are tried
@@ -233,12 +233,9 @@ class DeepSpeedFile:
         for name, (module, package) in MONITORS.items():
             if not config.get(name, {}).get("enabled") or int(os.environ.get("RANK", 0)):
                 continue
-            try:
-                importlib.import_module(module)
-            except Exception as e:      # also what is there and does not fit the rest
-                reason = str(e).partition("\n")[0]
-                self.refuse(True, f"{name} is enabled and cannot be imported ({reason}): pip "
-                                  f'install {package}, or write "enabled": false')
+            reason = import_fault(module)
+            self.refuse(reason, f"{name} is enabled and cannot be imported ({reason}): pip "
+                                f'install {package}, or write "enabled": false')
 
 
 # ---- Values --------------------------------------------------------------------------------------

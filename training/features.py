@@ -40,6 +40,7 @@ from support.common import InputError, progress, read_json, write_json
 from support.folders import check_can_write
 from support.images import check_images
 from support.loading import batches_ahead, spare_cores
+from support.processes import place
 from training.conversations import image_paths
 from training.kept_files import KeptFeatures, checksum, kept_files, pack_rows
 
@@ -98,9 +99,7 @@ def keep_features(folder, dataset, model, block_config, batch_size=16):
     stays there. Every process runs its share.
     """
     key, text, vision = key_of(dataset, model, block_config), model.config.text, model.config.vision
-    rank, world_size = 0, 1
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = place()
     folder = folder_of(folder, key, rank != 0)
     done = rows_done(os.path.join(folder, "sums.bin"), len(dataset))
     examples = dataset.examples

@@ -13,7 +13,7 @@ import importlib
 import netrc
 import os
 
-from support.common import InputError
+from support.common import InputError, import_fault
 from training.ds_file import MONITORS
 
 REPORTS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
@@ -45,12 +45,10 @@ def add_reports(config, args):
 
 
 def refuse_missing(report, module, package):
-    try:
-        importlib.import_module(module)
-    except Exception as e:      # also what is there and does not fit the rest
-        reason = str(e).partition("\n")[0]
+    reason = import_fault(module)
+    if reason:
         raise InputError(f"--report_to {report}: {module} cannot be imported ({reason}): pip "
-                         f"install {package}, or name another") from e
+                         f"install {package}, or name another")
 
 
 def refuse_without_login():

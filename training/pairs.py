@@ -49,10 +49,7 @@ class Pair:
 
 def read_pair(row, place):
     """A row of any form → Pair. InputError names what is wrong with it."""
-    def refuse(when, text):
-        if when:
-            raise InputError(f"{place}: {text}; mend or remove the row")
-
+    refuse = refuser(place)
     refuse(not isinstance(row, dict), f"is a {type(row).__name__}, where an object should be")
     refuse("image_id" in row and "reject" in row, "is a row of HA-DPO's pope_data.json: name that "
            "file with --pope_data_path (and --desc_data_path, --vg_path)")
@@ -86,6 +83,15 @@ def read_pair(row, place):
         return Pair(turns, chosen, rejected, image, has_bytes)
     refuse(not isinstance(context, str), f"its context is a {type(context).__name__}")
     return Pair(turns, chosen.strip(), rejected.strip(), image, has_bytes, context.strip())
+
+
+def refuser(place):
+    """A function that ends in an InputError about the row there, when its first argument is true.
+    """
+    def refuse(when, text):
+        if when:
+            raise InputError(f"{place}: {text}; mend or remove the row")
+    return refuse
 
 
 # ---- The words -----------------------------------------------------------------------------------
@@ -194,11 +200,7 @@ def the_image(row, refuse):
 def picture_bytes(row, place):
     """The encoded picture that stands in a row: bytes, or base64 with or without `data:` before.
     """
-    def refuse(when, text):
-        if when:
-            raise InputError(f"{place}: {text}; mend or remove the row")
-
-    value = the_image(row, refuse)
+    value = the_image(row, refuser(place))
     value = value["bytes"] if isinstance(value, dict) else value
     if isinstance(value, bytes):
         return value

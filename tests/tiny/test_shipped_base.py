@@ -2,6 +2,7 @@
 
 Worlds here have few images; the base is the real one.
 """
+import json
 import os
 import sys
 from dataclasses import asdict
@@ -70,7 +71,7 @@ def test_it_is_asked_at_once(typed, small_world, capsys):
     assert metrics["adversarial"]["base"]["yes_ratio"] > 55
     assert metrics["random"]["base"]["accuracy"] > 70
     with open(small_world / "out" / "pope" / "base_random.jsonl") as file:
-        answers = [eval_pope.json.loads(line) for line in file]
+        answers = [json.loads(line) for line in file]
     assert all(world.well_formed(row["question"], row["answer"]) for row in answers)
 
 

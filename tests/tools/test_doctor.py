@@ -93,7 +93,7 @@ def test_a_machine_with_a_gpu(monkeypatch):
     said = SimpleNamespace(returncode=0, stdout="NVIDIA GeForce RTX 3090, 24576, 512\n")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: said)
     monkeypatch.setattr(doctor, "required", lambda: [])
-    lines, faults = doctor.report(NOTHING)
+    lines, faults = doctor.report(NOTHING, doctor.gpus())
     assert "GPU: NVIDIA GeForce RTX 3090, 24 GiB, 0 used" in lines and faults == []
     assert f"stages 1 and 2: {CARDS[22][0][0]}" in lines
     said.stdout = "broken"

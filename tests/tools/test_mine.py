@@ -3,16 +3,15 @@ and COCO's form from the first description to a training run.
 """
 import json
 import os
-import shutil
 
 import pytest
 import torch
+from beside import checkpoints_beside
 from conftest import load_json, run_train, small_llava
 from programs import shell, succeeds
 from short_runs import losses_of
 
 from checkpoints.load import load_base
-from checkpoints.save import save_trained
 from data import EOS, read_hadpo
 from evals.objects import list_of_words
 from evals.sampling import Conversation, Sampling
@@ -126,14 +125,7 @@ def test_draws_differ_and_long_ones_are_left_out(world):
 @pytest.fixture(scope="module")
 def root(world, tmp_path_factory):
     """The session's world and base, and a checkpoint whose `lm_head` says other things."""
-    folder = tmp_path_factory.mktemp("mine")
-    shutil.copytree(world.folder, folder / "world")
-    shutil.copytree(world.base, folder / "base")
-    base = load_base(world.base)
-    info = {"base": str(folder / "base"), "fingerprint": base.fingerprint}
-    weight = base.head.lm_head.weight.roll(1, 0)
-    save_trained(str(folder / "stage1"), {"lm_head.weight": weight}, info, base.tokenizer)
-    return folder
+    return checkpoints_beside(world, tmp_path_factory.mktemp("mine"))
 
 
 def said_by(root, name, note):

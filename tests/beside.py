@@ -1,5 +1,4 @@
 """A tiny world with a base and a checkpoint beside it, as a run leaves them, for what asks them."""
-import os
 import shutil
 
 from checkpoints.load import load_base
@@ -7,10 +6,10 @@ from checkpoints.save import save_trained
 
 
 def checkpoints_beside(world, folder):
-    """The session's world and base in `folder`; in stage1 another `lm_head`, which says other
-    things → the folder.
+    """Copies of the session's world and base in `folder`; in stage1 another `lm_head`, which says
+    other things → the folder.
     """
-    os.symlink(world.folder, folder / "world")
+    shutil.copytree(world.folder, folder / "world")             # some write into it
     shutil.copytree(world.base, folder / "base")
     base = load_base(world.base)
     info = {"base": str(folder / "base"), "fingerprint": base.fingerprint}
