@@ -25,9 +25,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.distributed as dist
 
-from bench.bench_dpo import Training, engine_of, identity, make_pairs, step
+from bench.bench_dpo import Training, engine_of, make_pairs, step
 from bench.measuring import measure
-from bench.peer import SIZES, random_llava, write_images
+from bench.peer import SIZES, identity, random_llava, write_images
 from model import STAGES
 from training.engine import checkpoint_layers, start_deepspeed
 from training.lora import add_lora

@@ -1,10 +1,13 @@
 """What the benchmarks share: clock, counted operations, table, and a check of both sides' numbers.
 
     measured = measure(function, device)         # median seconds, peak memory, the result
+    measured = attempt(function, device)         # None where the GPU has no memory for it
     print(table([Line(...), ...], "pair", total, peak))
     agreement("logits", ours, theirs, dtype)     # ends the program where they differ
 """
 import gc
+import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -56,6 +59,14 @@ def measure(function, device, repeats=3, warm_up=1):
         seconds.append(clock(device) - began)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Measured(statistics.median(seconds), memory, result)
+
+
+def attempt(function, device, repeats=3, warm_up=1):
+    """As `measure`; None where the GPU has no memory for it, which is a result like any other."""
+    try:
+        return measure(function, device, repeats, warm_up)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def matmul_peak(device, dtype):
@@ -125,7 +136,7 @@ def answer_positions(lengths, tokens):
 class Line:
     """One line of a table: what was measured. tokens: those that went through the decoder."""
     what: str
-    seconds: float
+    seconds: float          # infinite where the GPU had no memory for it
     units: float            # how many pairs, answers, ... these seconds were for
     tokens: int
     flops: float
@@ -135,6 +146,31 @@ class Line:
     @property
     def per_unit(self):
         return self.seconds / self.units
+
+    @property
+    def ran(self):
+        return self.seconds < math.inf
+
+
+def line_of(config, what, measured, pairs, rows, passes=(1, 1)):
+    """A step over `pairs` pairs as a Line. `rows` are the positions of each row's tokens, and a row
+    has an image; `passes` is how often they go through decoder and tower.
+    """
+    if measured is None:
+        return Line(what, math.inf, pairs, 0, 0)
+    positions = [p for row in rows for p in row]
+    decoder, tower = passes
+    flops = decoder * decoder_flops(config, positions) + tower * tower_flops(config, len(rows))
+    return Line(what, measured.seconds, pairs, len(positions), flops, measured.memory)
+
+
+def keep_line(path, line):
+    """Append a line to a file of JSON lines, at once, so that a run that is cut keeps the rest."""
+    row = {"what": line.what, "measured": line.units, "out_of_memory": not line.ran,
+           "seconds_per_unit": line.per_unit if line.ran else None,
+           "peak_memory_gib": line.memory and round(line.memory / 2 ** 30, 1)}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def table(lines, unit, total, peak):
@@ -146,7 +182,11 @@ def table(lines, unit, total, peak):
     text = [f"| | measured | {head} | times faster | tokens/s | of matmul peak | "
             "peak memory, GiB |", "|---" * 7 + "|"]
     for line in lines:
-        ratios = " / ".join(f"{peer.per_unit / line.per_unit:.2f}" for peer in line.peers)
+        if not line.ran:
+            text.append(f"| {line.what} | {line.units:,} | out of memory | – | – | – | – |")
+            continue
+        ratios = " / ".join(f"{peer.per_unit / line.per_unit:.2f}" if peer.ran else "–"
+                            for peer in line.peers)
         speed = f"{line.tokens / line.seconds:,.0f}" if line.tokens else "–"
         share = f"{100 * line.flops / line.seconds / peak:.1f} %" if line.flops else "–"
         memory = "–" if line.memory is None else f"{line.memory / 2 ** 30:.1f}"

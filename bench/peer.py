@@ -91,6 +91,14 @@ def random_llava(size, seed=0):
                        dtype)
 
 
+def identity(ours):
+    """A head as train.py starts from it: an identity block and its own lm_head."""
+    with ours.device:
+        head = Head(ours.config, ours.config.block_config()).to(ours.dtype)
+    head.lm_head.load_state_dict(ours.head.lm_head.state_dict())
+    return head
+
+
 def image_token(config):
     """The id that stands for a patch in transformers; our tokenizer never gives it."""
     return config.text.vocab_size - 1

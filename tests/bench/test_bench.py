@@ -1,6 +1,7 @@
 """The benchmarks against public peers run, at tiny size on the CPU, and what they count and compare
 is right.
 """
+import json
 import re
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from bench import bench_pope, bench_trunk, bench_zero, measuring, peer
+from bench import bench_dpo, bench_pope, bench_trunk, bench_zero, measuring, peer, peer_dpo
 from clip_vit import CLIPVisionConfig
 from data import EOS, IMAGE, SYSTEM, encode_conversation, expand
+from dpo import Objective, frozen_copy
 from eval_pope import SPLITS, read_pope
 from llama import LlamaConfig
 from model import LlavaConfig, Trunk
@@ -86,16 +88,21 @@ def test_bf16_as_on_a_gpu(monkeypatch, capsys):
     assert capsys.readouterr().out.count("tolerance 10 %") == 2
 
 
-def test_dpo():
-    said = succeeds("python", "bench/bench_dpo.py", *TINY_DPO, imports=PEERS)
+def test_dpo(tmp_path):
+    output = tmp_path / "lines.jsonl"
+    said = succeeds("python", "bench/bench_dpo.py", *TINY_DPO, "--output", output, imports=PEERS)
     lines = lines_of(said)
     assert lines["6 tokens: ours, a whole run of 2 steps from kept features"][0] == "16"
     assert "6 tokens: ours, the frozen pass onto the disk, 2 pairs an image" in lines
-    sides = ("peft, LoRA, adapters in bf16, 2 pairs",
-             "peft, LoRA, adapters in fp32, autocast, 2 pairs", "ours, LoRA, 2 pairs",
-             "ours, stage 2, 4 pairs")
+    sides = {"ours, stage 2, 4 pairs", "ours, LoRA, 2 pairs", "ours, LoRA, checkpointing, 2 pairs",
+             "peft, LoRA in bf16, checkpointing, 2 pairs", "peft, LoRA in bf16, 2 pairs",
+             "peft, LoRA in fp32, autocast, checkpointing, 2 pairs",
+             "transformers, frozen trunk, 2 pairs"}
     assert {f"{n} tokens: {side}" for n in (6, 10) for side in sides} <= lines.keys()
     assert "adapters off: differ by" in said
+    kept = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["what"] for row in kept} | {""} == lines.keys()
+    assert not any(row["out_of_memory"] for row in kept)
 
 
 def test_zero_on_several_processes(monkeypatch, capsys):
@@ -125,6 +132,51 @@ def test_both_sides_hold_the_same_memory():
     found = {peer.our_name(name): tensor.data_ptr()
              for name, tensor in theirs.state_dict().items()}
     assert all(found[name] == tensor.data_ptr() for name, tensor in shared.items())
+
+
+def test_the_frozen_trunk_of_transformers_trains_what_stage_2_trains(tmp_path):
+    """With a block that is no identity: log-probabilities as of our Objective, and the same
+    loss."""
+    ours = peer.random_llava("tiny")
+    images = [str(tmp_path / name) for name in peer.write_images(tmp_path, 2)]
+    dataset = bench_dpo.make_pairs(ours, images, 2, 6)
+    sides = peer_dpo.Sides(ours, peer.peer_of(ours))
+    trainer = peer_dpo.FrozenTrunk(peer_dpo.Peer("frozen trunk", 2), sides)
+    reference = frozen_copy(trainer.head)
+    with torch.no_grad():
+        for weight in trainer.head.post_interaction_block.parameters():
+            weight.add_(torch.randn_like(weight) / 10)
+    objective = Objective(ours.trunk, trainer.head, peer_dpo.LOSS)
+    inputs, _ = peer_dpo.peer_batch(ours, dataset, 2)
+    states = trainer.states(inputs, 6)
+    for head in (reference, trainer.head):
+        objective.head = head
+        expected = objective.policy_logps(dataset[[0, 1]])
+        found = peer_dpo.answer_logps(head(*states), inputs, 6)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    before = [weight.detach().clone() for weight in trainer.update.trained]
+    trainer.step(inputs, 6)
+    changed = [(weight != old).any() for weight, old in
+               zip(trainer.update.trained, before, strict=True)]
+    assert all(changed) and len(changed) == len(list(trainer.head.parameters()))
+
+
+def test_memory_that_is_missing_is_a_result(tmp_path):
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert measuring.attempt(too_large, torch.device("cpu")) is None
+    config, rows = peer.SIZES["tiny"], [range(5)]
+    missing = measuring.line_of(config, "large", None, 4, rows)
+    fits = measuring.line_of(config, "small", measuring.Measured(2.0, None, None), 4, rows)
+    text = measuring.table([missing, replace(fits, peers=(missing, fits))], "pair", 4, 1e9)
+    assert lines_of(text)["large"][:2] == ["4", "out of memory"]
+    assert lines_of(text)["small"][:3] == ["4", "2", "– / 1.00"]
+    for line in (missing, fits):
+        measuring.keep_line(tmp_path / "lines.jsonl", line)
+    kept = [json.loads(line) for line in open(tmp_path / "lines.jsonl")]
+    assert [row["out_of_memory"] for row in kept] == [True, False]
+    assert [row["seconds_per_unit"] for row in kept] == [None, 0.5]
 
 
 def test_a_difference_ends_the_benchmark(monkeypatch):
