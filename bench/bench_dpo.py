@@ -121,16 +121,17 @@ def engine_of(deepspeed, ours, head, training):
 
 
 def step(engine, batch):
-    """One optimizer step. Where the trunk is trained the reference's pass counts too; train.py
-    needs it once per pair.
+    """One optimizer step → its metrics. Where the trunk is trained the reference's pass counts too;
+    train.py needs it once per pair.
     """
     reference = None
     if engine.module.needs_reference_logps:
         with as_reference(engine):
             reference = engine(batch)
-    loss, _ = engine(batch, reference)
+    loss, metrics = engine(batch, reference)
     engine.backward(loss)
     engine.step()
+    return metrics
 
 
 def with_trunk(deepspeed, ours, dataset, tokens, micro_batch, args):
