@@ -19,15 +19,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from PIL import Image
-from sentencepiece import SentencePieceProcessor
 
-from llama import PAD_BRANCH
+from llama import BEFORE_VOCO, PAD_BRANCH, VOCO
 from support.common import InputError, field, id_text
 from support.hadpo import read_hadpo_json, read_image_index
 from support.images import fit_thin, open_image
+from support.tokenizer import BOS, EOS, PAD, Tokenizer
 
 IMAGE = "<image>"                         # LLaVA's mark of the image's place in a text
-PAD, BOS, EOS, IMAGE_ID, IGNORE = 0, 1, 2, -200, -100       # the last two are LLaVA's
+IMAGE_ID, VOCO_ID, IGNORE = -200, -300, -100                # the first and the last are LLaVA's
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 SYSTEM_HADPO_EVAL = SYSTEM.replace("user", "human")     # HA-DPO trains with the one, asks with this
@@ -90,43 +90,6 @@ def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed
 
 # ---- Text ----------------------------------------------------------------------------------------
 
-class Tokenizer:
-    """LLaMA's SentencePiece model. Text that looks like a control token is encoded as text."""
-
-    def __init__(self, path):
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; copy LLaMA's tokenizer.model there")
-        self.path = path
-        try:
-            self.model = SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError) as e:
-            raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]}); "
-                             "copy tokenizer.model again") from e
-        ids = self.model.unk_id(), self.model.bos_id(), self.model.eos_id()
-        if ids != (PAD, BOS, EOS):
-            raise InputError(f"{path}: unk, bos, eos are {ids} and must be {(PAD, BOS, EOS)}; "
-                             "this is not LLaMA's tokenizer")
-
-    def __reduce__(self):
-        return Tokenizer, (self.path,)              # a pickle holds the path and no more
-
-    def __len__(self):
-        return self.model.vocab_size()
-
-    def encode(self, text, continues=False):
-        """Ids of a text. Where it `continues` behind a control token, it has no space mark."""
-        ids = self.model.encode(text)
-        if continues and ids:
-            bare = self.model.id_to_piece(ids[0]).removeprefix("\u2581")
-            ids[:1] = [self.model.piece_to_id(bare)] if bare else []
-        return ids
-
-    def decode(self, ids):
-        # Hugging Face's LLaVA has more embeddings than pieces; such an id is no text.
-        known = [int(i) for i in ids if i not in (PAD, BOS, EOS) and i < len(self)]
-        return self.model.decode(known)
-
-
 def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True, given=0, context=None):
     """[(question, answer), ...] → ids, labels: lists of the same length, LLaVA's `v1` template.
 
@@ -153,6 +116,18 @@ def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True, given=0
     return ids, labels
 
 
+def encode_compressed(row_format, turns, given=0, context=None):
+    """The same for VoCo-LLaMA (arXiv 2406.12275): bos, image, the <voco> tokens that compress it,
+    and then the conversation, whose text has no image. Newlines stand where its authors' do.
+    """
+    tokenizer, newline = row_format.tokenizer, row_format.tokenizer.encode("\n")
+    turns = [(question.replace(f"{IMAGE}\n", "").replace(IMAGE, ""), answer)
+             for question, answer in turns]
+    ids, labels = encode_conversation(tokenizer, turns, row_format.system, False, given, context)
+    image = [BOS, IMAGE_ID, *newline, *[VOCO_ID] * row_format.num_voco, *newline]
+    return image + ids[1:], [IGNORE] * len(image) + labels[1:]
+
+
 # ---- Packed rows ---------------------------------------------------------------------------------
 
 @dataclass
@@ -160,7 +135,7 @@ class Row:
     """A shared prefix and N branches (llama.py), as lists of T tokens and A answer tokens."""
     input_ids: list       # T; the image is IMAGE_ID once per patch
     position: list        # T
-    branch: list          # T; 0 = prefix
+    branch: list          # T; 0 = prefix, or see `prefix_branches`
     source: list          # A; index of the token whose hidden state predicts `target`
     target: list          # A
     target_branch: list   # A; 1..N
@@ -181,7 +156,8 @@ def pack(sequences, num_patches, max_length, image=None):
     first, limit = sequences[0][0], min(*prompts, *(len(ids) - 1 for ids, _ in sequences))
     differ = (t for t in range(limit) if any(ids[t] != first[t] for ids, _ in sequences))
     prefix = next(differ, limit)
-    row = Row(first[:prefix], list(range(prefix)), [0] * prefix, [], [], [], [], image)
+    row = Row(first[:prefix], list(range(prefix)), prefix_branches(first[:prefix]), [], [], [], [],
+              image)
     for number, ((ids, labels), prompt) in enumerate(zip(sequences, prompts, strict=True), start=1):
         if prompt + (prompt < len(ids)) > max_length or IMAGE_ID in ids[max_length:]:
             raise InputError(f"a prompt of {prompt} tokens does not fit into {max_length} (image "
@@ -200,6 +176,14 @@ def pack(sequences, num_patches, max_length, image=None):
                 row.target_branch.append(number)
         row.ends.append(len(row.input_ids) - 1)
     return row
+
+
+def prefix_branches(ids):
+    """The branch of each token of a prefix: 0, unless <voco> tokens hide what is in front of them.
+    """
+    compressed = ids.count(VOCO_ID)
+    first = ids.index(VOCO_ID) if compressed else 0
+    return ([BEFORE_VOCO] * first + [VOCO] * compressed + [0] * (len(ids) - first - compressed))
 
 
 def expand(ids, labels, num_patches, image):
@@ -231,6 +215,8 @@ class Batch:
     # Kept features (training/features.py): what a frozen trunk makes of input_ids and pixel_values.
     hidden_states: torch.Tensor = None    # (B, A, hidden)
     image_features: torch.Tensor = None   # (N, P, C)
+    # Kept compressed images (training/voco.py): keys and values of V <voco> tokens of each row.
+    compressed: torch.Tensor = None       # (B, 2, L, H_kv, V, D)
 
     def tensors(self):
         named = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -312,6 +298,7 @@ class RowFormat:
     num_patches: int          # image tokens of a row
     max_length: int           # tokens of a row
     system: str = SYSTEM
+    num_voco: int = 0         # <voco> tokens that compress an image; 0: text sees the image itself
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -325,10 +312,13 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def row(self, i):
         example, f = self.examples[i], self.format
+        has_image, ends = bool(example.image), (example.given, example.context)
         try:
-            sequences = [encode_conversation(f.tokenizer, turns, f.system, bool(example.image),
-                                             example.given, example.context)
-                         for turns in example.conversations]
+            if f.num_voco and has_image:
+                sequences = [encode_compressed(f, turns, *ends) for turns in example.conversations]
+            else:
+                sequences = [encode_conversation(f.tokenizer, turns, f.system, has_image, *ends)
+                             for turns in example.conversations]
             return pack(sequences, f.num_patches, f.max_length, example.image)
         except InputError as e:
             raise InputError(f"example {i} of the data: {e}") from e

@@ -8,6 +8,9 @@ decoding its keys include what the cache holds, so a forward of one token is the
 forward of many. A causal mask made from the input alone is wrong as soon as there is a cache; here
 nobody can make one.
 
+In VoCo-LLaMA (arXiv 2406.12275) a few <voco> tokens compress an image: they see it, and the text
+behind them sees only them. Two more branches say so.
+
     hidden_states = LlamaModel(config)(inputs_embeds, position, branch)           # (B, T, hidden)
     cache = KVCache(config, batch_size, capacity, device, dtype)         # the same, token by token
     hidden_states = model(embeds[:, t:t + 1], position[:, t:t + 1], branch[:, t:t + 1], cache)
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 PAD_BRANCH = -1
+BEFORE_VOCO, VOCO = -2, -3      # branches of a prefix with <voco> tokens: what they hide, and they
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -47,6 +51,7 @@ class LlamaConfig:
 
 def branch_mask(query_position, query_branch, key_position, key_branch):
     """Token i may look at token j iff j is not later, and j is in the prefix or in i's own branch.
+    <voco> tokens are in the prefix, and see also what they hide from all others.
 
     Inputs (B, T_query) and (B, T_key), integers; result (B, 1, T_query, T_key), True = may attend.
     Padding needs no rule of its own: its branch -1 is neither the prefix nor anybody's branch, and
@@ -54,16 +59,20 @@ def branch_mask(query_position, query_branch, key_position, key_branch):
     """
     i_branch, j_branch = query_branch[:, :, None], key_branch[:, None, :]
     not_later = key_position[:, None, :] <= query_position[:, :, None]
-    return (not_later & ((j_branch == 0) | (j_branch == i_branch)))[:, None]
+    in_prefix = (j_branch == 0) | (j_branch == VOCO)
+    hidden = (j_branch == BEFORE_VOCO) & (i_branch == VOCO)
+    return (not_later & (in_prefix | hidden | (j_branch == i_branch)))[:, None]
 
 
 def plain_length(branch):
     """How many columns of rows (B, T) lie before every branch, where the mask is plainly causal.
+    It is so up to the last <voco> token, too.
 
     Padding stands behind its row, so no token of the row looks at it there either.
     """
-    branches = (branch > 0).any(0)                                                            # (T,)
-    return int(torch.cat((branches, branches.new_ones(1))).int().argmax())
+    behind_hidden = (branch == BEFORE_VOCO).cumsum(1).bool() & (branch > BEFORE_VOCO)       # (B, T)
+    masked = ((branch > 0) | behind_hidden).any(0)                                            # (T,)
+    return int(torch.cat((masked, masked.new_ones(1))).int().argmax())
 
 
 class KVCache:
@@ -124,6 +133,12 @@ class KVCache:
         self._end += T
         self._length += T
         return (position, branch) if first else (self.position, self.branch)
+
+    def begin(self, kept, position):
+        """Begin with <voco> tokens that another pass has kept: keys and values (2, L, B, H_kv, V,
+        D), positions (B, V)."""
+        self.add_tokens(position, torch.full_like(position, VOCO))
+        self.keys[:, :, :, self.columns], self.values[:, :, :, self.columns] = kept
 
     def add(self, layer, key, value):
         """One layer of the T newest tokens, (B, H_kv, T, D) → all they may see, (B, H_kv, S, D)."""

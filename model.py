@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
-from data import EOS, IMAGE_ID, SYSTEM, Batch, ImageProcessor, RowFormat, Tokenizer
+from data import EOS, IMAGE_ID, SYSTEM, VOCO_ID, Batch, ImageProcessor, RowFormat, Tokenizer
 from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask
 from post_decoder import BlockConfig, PostInteractionBlock
 from support.common import InputError, progress
@@ -46,6 +46,7 @@ class LlavaConfig:
     projector_hidden_size: int = None
     max_length: int = 2048            # tokens of a row, image patches included
     pad_images: bool = True
+    num_voco: int = 0                 # VoCo-LLaMA's tokens an image; <voco> is the last embedding
 
     def block_config(self, **changes):
         """BlockConfig of this model's sizes: the notes' block has LLaMA's heads and inner width."""
@@ -74,7 +75,9 @@ class Trunk(nn.Module):
 
     def embed(self, batch):
         """Token embeddings with the projected patches in their places, and the tower's features."""
-        embeds = self.model.embed_tokens(batch.input_ids.clamp(min=0))              # (B, T, hidden)
+        voco = self.config.text.vocab_size - 1
+        ids = batch.input_ids.masked_fill(batch.input_ids == VOCO_ID, voco)
+        embeds = self.model.embed_tokens(ids.clamp(min=0))                          # (B, T, hidden)
         if batch.pixel_values is None:
             return embeds, None
         image_features = self.vision_tower(batch.pixel_values)                         # (N, P, C)
@@ -136,7 +139,7 @@ class Llava:
 
     def row_format(self, system=SYSTEM):
         return RowFormat(self.tokenizer, self.preprocess, self.config.vision.num_patches,
-                         self.config.max_length, system)
+                         self.config.max_length, system, self.config.num_voco)
 
 
 def set_trained(trunk, head, groups):
@@ -193,6 +196,7 @@ class Prompts:
     cache: KVCache
     hidden_states: torch.Tensor      # (B, T, hidden)
     image_features: torch.Tensor     # (N, P, C)
+    length: int                      # columns of the cache that hold them
 
 
 @torch.inference_mode()
@@ -205,8 +209,12 @@ def generate(trunk, heads, batch, max_new_tokens):
     (B, T), N = batch.input_ids.shape, batch.ends.shape[1]
     parameter = next(trunk.parameters())
     steps = min(max_new_tokens - 1, 16)    # room for short answers; the cache grows for longer ones
-    cache = KVCache(trunk.config.text, B, T + steps * N, parameter.device, parameter.dtype)
-    prompts = Prompts(batch, cache, *trunk(batch, cache))
+    kept = 0 if batch.compressed is None else batch.compressed.shape[-2]
+    cache = KVCache(trunk.config.text, B, kept + T + steps * N, parameter.device, parameter.dtype)
+    if kept:                               # the <voco> tokens stand where the text begins
+        before = torch.arange(-kept, 0, device=parameter.device)
+        cache.begin(batch.compressed.movedim(0, 2), batch.position[:, :1] + before)
+    prompts = Prompts(batch, cache, *trunk(batch, cache), cache.length)
     return [decode(trunk, head, prompts, max_new_tokens) for head in heads]
 
 
@@ -219,7 +227,7 @@ def decode(trunk, head, prompts, max_new_tokens):
     """
     batch, cache, states = prompts.batch, prompts.cache, prompts.hidden_states
     is_branch, at = batch.ends >= 0, batch.ends.clamp(min=0)                                # (B, N)
-    cache.length, N = states.shape[1], at.shape[1]
+    cache.length, N = prompts.length, at.shape[1]
     token, unfinished = torch.full_like(at, EOS), is_branch.clone()                         # (B, N)
     branch = torch.where(is_branch, take(batch.branch, at), PAD_BRANCH)
     position = take(batch.position, at)

@@ -21,6 +21,8 @@ from support.common import InputError, file_digest
 
 # These only limit how long a row may be, so a checkpoint fits a base with another value.
 LENGTHS = ("max_position_embeddings", "max_length")
+# These are newer than some fingerprints, and count only where they are not this.
+NEWER = {"num_voco": 0}
 
 
 # ---- A base --------------------------------------------------------------------------------------
@@ -39,7 +41,8 @@ def settings_of(config, block_config=None, preprocess=None):
         name: value for name, value in vars(config).items() if name not in ("text", "vision")}
     for part, values in named.items():
         settings |= {f"{part}.{name}": value for name, value in asdict(values).items()}
-    settings = {name: value for name, value in settings.items() if name not in LENGTHS}
+    settings = {name: value for name, value in settings.items()
+                if name not in LENGTHS and (name not in NEWER or value != NEWER[name])}
     return json.loads(json.dumps(settings))                 # as a file gives them back
 
 

@@ -17,6 +17,7 @@ import math
 import os
 from dataclasses import fields
 
+from checkpoints.voco import num_voco
 from clip_vit import TOWER
 from llama import LlamaConfig
 from model import LlavaConfig
@@ -255,7 +256,8 @@ def llava_config(values, path, vision):
         text, vision, select_layer=layer,
         projector_hidden_size=typed(values, "mm_projector_hidden_size", int, path),
         max_length=max_length or text.max_position_embeddings,
-        pad_images=ratio == "pad")
+        pad_images=ratio == "pad",
+        num_voco=num_voco(values, path))
 
 
 def block_config_of(values, path):

@@ -106,8 +106,9 @@ class BaseFiles:
         if os.path.exists(path):
             check_file(path)
         tokenizer = Tokenizer(path)
-        if len(tokenizer) > config.text.vocab_size:
-            raise InputError(f"{path}: has {len(tokenizer)} pieces, the model only "
+        if len(tokenizer) + bool(config.num_voco) > config.text.vocab_size:
+            what = "pieces, <voco> beside them" if config.num_voco else "pieces"
+            raise InputError(f"{path}: has {len(tokenizer)} {what}, the model only "
                              f"{config.text.vocab_size} embeddings; copy the tokenizer.model that "
                              "belongs to this model")
         preprocess = image_processor(tower.preprocessor, config, tower.source)

@@ -66,6 +66,8 @@ def save_base(folder, model, tensors=None, arguments=None, identity=None):
               "mm_vision_select_layer": config.select_layer, "mm_vision_select_feature": "patch",
               "image_aspect_ratio": "pad" if config.pad_images else "square",
               "tokenizer_model_max_length": config.max_length}
+    if config.num_voco:
+        values["num_voco"] = config.num_voco
     if head.block_config:
         values["post_interaction_block"] = asdict(head.block_config)
     if arguments:

@@ -21,7 +21,17 @@ from dataclasses import dataclass
 
 import torch
 
-from data import EOS, IMAGE, IMAGE_ID, SYSTEM, Batch, encode_conversation, expand
+from data import (
+    EOS,
+    IMAGE,
+    IMAGE_ID,
+    SYSTEM,
+    Batch,
+    encode_compressed,
+    encode_conversation,
+    expand,
+    prefix_branches,
+)
 from llama import KVCache
 from model import answer_states
 from support.common import InputError
@@ -155,7 +165,7 @@ class Conversation:
 
     def __init__(self, model, head, image=None, system=SYSTEM):
         self.trunk, self.head, self.tokenizer = model.trunk, head, model.tokenizer
-        self.system = system
+        self.row_format = model.row_format(system)
         self.image, self.ids, self.image_features = image, [], None
         parameter = next(self.trunk.parameters())
         device, config = parameter.device, self.trunk.config.text
@@ -208,7 +218,8 @@ class Conversation:
     def read_on(self):
         """Read what was said and not yet read → logits (1, vocab)."""
         start, end = self.seen.hidden_states.shape[1], len(self.ids)
-        return self.read(self.ids[start:], list(range(start, end)), [0] * (end - start))
+        branches = prefix_branches(self.ids)[start:]
+        return self.read(self.ids[start:], list(range(start, end)), branches)
 
     def turn(self, question):
         """The ids that ask `question` now. InputError when it does not fit."""
@@ -220,8 +231,11 @@ class Conversation:
             # What stands behind an answer is the same for every answer, so "-" stands for it. An
             # answer that was cut short gets its `</s>` now.
             turns = [("-", "-"), (question, None)]
-        ids, _ = encode_conversation(self.tokenizer, turns, self.system,
-                                     has_image=self.image is not None)
+        if begins and self.image and self.row_format.num_voco:
+            ids, _ = encode_compressed(self.row_format, turns)
+        else:
+            ids, _ = encode_conversation(self.tokenizer, turns, self.row_format.system,
+                                         has_image=self.image is not None)
         if not begins:
             end = ids.index(EOS)
             ids = ids[end + 1:] if self.ids[-1] == EOS else ids[end:]

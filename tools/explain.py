@@ -115,7 +115,7 @@ def show_text(passage):
 
 def show_tokens(passage):
     row, pieces = passage.row, passage.pieces
-    prefix = row.branch.count(0)
+    prefix = sum(branch <= 0 for branch in row.branch)
     yield line_with_place("2  TOKENS: what both answers share stands in the row once",
                           f"{place_of(encode_conversation)} encode_conversation")
     yield line_with_place(f"   branch 0, the prefix: tokens 0 to {prefix - 1}, positions alike, "

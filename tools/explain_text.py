@@ -62,7 +62,7 @@ def abridged(indices, first, last):
 def shown_tokens(row):
     """Which tokens the picture of a row's mask shows: some of the prefix, most of each branch."""
     image = [t for t, i in enumerate(row.input_ids) if i == IMAGE_ID]
-    text = [t for t in range(row.branch.count(0)) if t not in image]
+    text = [t for t, branch in enumerate(row.branch) if branch <= 0 and t not in image]
     shown = sorted(abridged(image, 2, 1) + abridged(text, 1, 3))
     for number in (CHOSEN, REJECTED):
         shown += abridged([t for t, b in enumerate(row.branch) if b == number], *KEPT)

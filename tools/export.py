@@ -13,7 +13,7 @@ Deliberately different from the conversion in huggingface/transformers: the proc
 square as LLaVA does, and layers of the tower behind the selected one, which nothing reads, are
 zeros.
 
-A post-interaction block is refused: no public server can run one.
+A post-interaction block is refused, and so is VoCo-LLaMA: no public server can run them.
 """
 import argparse
 import os
@@ -183,6 +183,9 @@ def refuse_block(args, what):
         raise InputError(f"{args.checkpoint}: has a post-interaction block, which reads CLIP's "
                          "features behind LLaMA, and no public server can run it; the programs "
                          "here can, also from the whole model of python -m tools.merge")
+    if base.get("num_voco"):
+        raise InputError(f"{args.checkpoint}: compresses images into <voco> tokens, and no public "
+                         "server knows their mask; the programs here do")
     if args.format == "peft":
         if what != "adapter":
             raise InputError(f"{args.checkpoint}: --format peft takes a LoRA checkpoint, and this "

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from checkpoints.identity import base_of_model, data_digest
 from checkpoints.load import load_weights
 from data import Example, PackedDataset
+from llama import PAD_BRANCH
 from support.common import InputError, progress, read_json, write_json
 from support.folders import check_can_write
 from support.images import check_images
@@ -196,7 +197,8 @@ def kept_in(batch, groups, numbers, rows):
 
     A token stands in the prefix, or in the branch of its own example, at its position.
     """
-    prefix = (batch.branch == 0).sum(1).numpy()                                             # (B,)
+    in_prefix = (batch.branch <= 0) & (batch.branch != PAD_BRANCH)
+    prefix = in_prefix.sum(1).numpy()                                                       # (B,)
     first = np.concatenate([prefix[:, None], batch.ends[:, :-1].numpy() + 1], axis=1)       # (B, N)
     offsets, width, found, numbers = rows["token"][1], batch.input_ids.shape[1], [], iter(numbers)
     for n, group in enumerate(groups):

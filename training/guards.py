@@ -37,13 +37,13 @@ def long_rows(dataset):
     """
     examples, row_format = dataset.examples, dataset.format
     room, found = row_format.max_length - at_most([row_format.system]) - TEMPLATE, []
-    numbers = range(len(examples))
+    numbers, of_image = range(len(examples)), row_format.num_patches + row_format.num_voco
     if not isinstance(examples, list):                      # rows that stay on disk
         size, has_image = examples.sizes()
-        numbers = np.flatnonzero(size + has_image * row_format.num_patches > room).tolist()
+        numbers = np.flatnonzero(size + has_image * of_image > room).tolist()
     for i in progress(numbers, "long rows", unit="row"):
         example = examples[i]
-        here = room - bool(example.image) * row_format.num_patches
+        here = room - bool(example.image) * of_image
         for turns in example.conversations:
             # What must not be cut: up to the first answer, and up to the image.
             marked = [n for n, (question, _) in enumerate(turns) if IMAGE in question]

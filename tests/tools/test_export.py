@@ -148,13 +148,16 @@ def test_a_block_is_refused(world, tmp_path, monkeypatch, in_this_process):
 
 def test_what_cannot_be_exported(world, lora, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    for typed, said in (((world.base, tmp_path / "there"), "exists already"),
+    (tmp_path / "voco").mkdir()
+    (tmp_path / "voco" / "config.json").write_text('{"num_voco": 2}')
+    for typed, said in (((tmp_path / "voco", tmp_path / "x"), "compresses images into <voco>"),
+                        ((world.base, tmp_path / "there"), "exists already"),
                         ((world.base, tmp_path / "x", "--format", "peft"), "takes a LoRA"),
                         ((world.base, tmp_path / "x", "--push", "one"), "is no name of the hub's"),
                         ((world.base, tmp_path / "x", "--push", "me/it"), "--push me/it: http")):
         with pytest.raises(InputError, match=said):
             run(monkeypatch, *typed)
-    assert os.listdir(tmp_path) == ["there"]
+    assert sorted(os.listdir(tmp_path)) == ["there", "voco"]
 
 
 def test_push(world, lora, tmp_path):
