@@ -31,15 +31,15 @@ from tqdm import tqdm
 import train
 from bench.effect_asked import judge, judge_base
 from bench.effect_rows import (
-    FEW,
     LADDER,
     REFERENCE,
     ROWS,
-    SEEDS,
+    SAME_RATE,
     STEPS,
     VALIDATION_SEEDS,
     best_rates,
     read_results,
+    seeds_of,
 )
 from model import Trunk
 from support.common import InputError, run_program
@@ -72,20 +72,22 @@ def root_of(output_dir, seed, projector):
 
 
 def make_base(root, seed, projector, small):
-    if not os.path.isdir(os.path.join(root, "base")):
-        width = ["--tiny_projector", str(projector)] if projector else []
-        run_train(["--stage", "0", "--seed", str(seed), *width, *(SMALL if small else ()),
-                   "--output_dir", os.path.join(root, "base")])
+    """The base, and its world and pairs: what is there already is not made again."""
+    width = ["--tiny_projector", str(projector)] if projector else []
+    run_train(["--stage", "0", "--seed", str(seed), *width, *(SMALL if small else ()),
+               "--output_dir", os.path.join(root, "base")])
 
 
-def make_pairs(root, flags):
-    """Flags of train.py that name the pairs which tiny.prepare makes of `flags`."""
-    if not flags:
+def make_pairs(root, flags, of="base"):
+    """Flags of train.py that name the pairs which tiny.prepare makes of `flags` and of what a model
+    says: the base, or a checkpoint in `root`.
+    """
+    if not flags and of == "base":
         return []
-    folder = os.path.join(root, "pairs" + flags.replace(" ", "").replace("--", "-"))
+    folder = os.path.join(root, f"pairs-{of}" + flags.replace(" ", "").replace("/", "-"))
     if not os.path.isdir(folder):
         partial = f"{folder}.{os.getpid()}.partial"     # another process may make the same
-        prepare.main([os.path.join(root, "base"), "--output", partial, *flags.split()])
+        prepare.main([os.path.join(root, of), "--output", partial, *flags.split()])
         with contextlib.suppress(OSError):
             os.rename(partial, folder)
     return ["--desc_data_path", f"{folder}/desc_data.json",
@@ -101,14 +103,19 @@ def train_row(root, seed, name, rate, steps):
         return folder
     common = ["--no-bf16", "--seed", str(seed), "--learning_rate", str(rate),
               "--dataloader_num_workers", "0", "--max_steps", str(max(1, round(row.steps * steps))),
-              "--cache_features", os.path.join(root, f"features{os.getpid()}"),
-              *make_pairs(root, row.pairs)]
-    start = []
+              "--cache_features", os.path.join(root, f"features{os.getpid()}")]
+    start, flags, of = [], row.pairs, "base"
     if row.first:
         run_train([*row.first.split(), *common, "--output_dir", f"{folder}-first"])
         start = ["--init", f"{folder}-first"]
+    if row.second_round:
+        of = os.path.basename(f"{folder}-first")
+    if row.teacher:
+        run_train([*row.teacher.split(), *common, "--output_dir", f"{folder}-teacher"])
+        flags += f" --teacher {folder}-teacher"
     with another_image() if row.image == "always" else contextlib.nullcontext():
-        run_train([*row.flags.split(), *start, *common, "--output_dir", folder])
+        run_train([*row.flags.split(), *start, *common, *make_pairs(root, flags, of),
+                   "--output_dir", folder])
     return folder
 
 
@@ -165,13 +172,12 @@ def tasks_of(args, done):
     groups = {}
     for name in args.rows:
         row = ROWS.get(name)
-        seeds = args.seeds or (VALIDATION_SEEDS if args.validation else
-                               SEEDS if row is None or row.claim else FEW)
+        seeds = args.seeds or (VALIDATION_SEEDS if args.validation else seeds_of(name))
         of_row = LADDER if args.validation else (rates.get(name),)
         if row is None or row.rate:
             of_row = (row.rate if row else 0,)
         if None in of_row:
-            of = REFERENCE if row.image == "test" else name         # whose rate it has
+            of = SAME_RATE.get(name, name)
             raise InputError(f"{name}: {args.output_dir}/results.jsonl knows no rate of it; run "
                              f"--validation --rows {of} first")
         priority = 1 if row is None or row.claim else 2
@@ -234,7 +240,7 @@ def main(argv=None):
     parser.add_argument("--rows", nargs="+", default=[BASE, *ROWS], choices=[BASE, *ROWS],
                         metavar="ROW", help="default: all of bench/effect_rows.py, and the base")
     parser.add_argument("--seeds", type=int, nargs="+",
-                        help="default: 46 to 61 for rows that carry a claim, else 46 to 51; with "
+                        help="default: 46 to 61 for rows that carry a claim, else 62 to 67; with "
                              "--validation 42 and 43")
     parser.add_argument("--validation", action="store_true",
                         help="each row at each rate of the ladder, asked about validation images")

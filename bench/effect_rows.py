@@ -15,19 +15,21 @@ STEPS = 1632                    # six epochs of 34,800 pairs, 128 at once
 LADDER = 3e-4, 1e-3, 3e-3
 VALIDATION_SEEDS = 42, 43       # for the choice of rates; settings were tuned on them before
 SEEDS = tuple(range(46, 62))    # 16 that no choice has seen, for rows that carry a claim
-FEW = SEEDS[:6]                 # for the others
+FEW = tuple(range(62, 68))      # six more, for the others and what they are compared with
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `flags` and `first` are train.py's, `pairs` are those of tiny.prepare."""
+    """One row. `flags`, `first` and `teacher` are train.py's, `pairs` those of tiny.prepare."""
     question: str               # which question it belongs to
     title: str
     flags: str
-    claim: bool = False         # all of SEEDS instead of FEW
+    claim: bool = False         # SEEDS instead of FEW
     steps: float = 1.0          # of STEPS, of each run
     first: str = None           # a run before, which this one starts from
+    teacher: str = None         # a run before, whose answers are the chosen ones
     pairs: str = ""             # other preference pairs than the default's
+    second_round: bool = False  # the pairs are mined from what `first` says, instead of the base
     projector: int = 0          # another base: the inner width of its projector, 0 = 8
     rate: float = 0             # a learning rate that is no choice, 0 = the best of LADDER
     image: str = ""             # "test" or "always": the block sees another image's features
@@ -35,6 +37,7 @@ class Row:
 
 BOTH = "--sft_weight 1"                 # DPO + NLL in equal parts
 OLD = "--described true --every 8"      # few descriptions, in other words than the base's
+AS_TOLD = "--described true"            # of a teacher: its own words
 SFT = "--loss sft"
 ROWS = {
     REFERENCE: Row("loss", "DPO + NLL", f"--stage 1 {BOTH}", claim=True),
@@ -101,8 +104,19 @@ ROWS = {
                          first=f"--stage 1 {BOTH}"),
 
     "original": Row("the notes' form", "doubled residual, not the identity at first",
-                    f"--stage 1 {BOTH} --block original"),
+                    f"--stage 1 {BOTH} --block original", rate=2e-3),
+
+    "round2": Row("data", "half the steps, then pairs of what came out and the other half",
+                  f"--stage 1 {BOTH}", steps=0.5, first=f"--stage 1 {BOTH}", second_round=True),
+    "teacher": Row("data", "chosen: what a trained model says, true or not", f"--stage 1 {BOTH}",
+                   pairs=AS_TOLD, teacher=f"--stage 1 {SFT}"),
+    "teacher_sft": Row("data", "chosen: what a trained model says, true or not; SFT",
+                       f"--stage 1 {SFT}", pairs=AS_TOLD, teacher=f"--stage 1 {SFT}"),
 }
+# These have the rate of a row like them, without a ladder of their own.
+SAME_RATE = {"other_test": REFERENCE, "round2": REFERENCE, "teacher": REFERENCE,
+             "teacher_sft": "sft", "steps39_reference": "steps39_sft"}
+COMPARED = {"base", REFERENCE, "sft", "default1", "default2", "nothing"}    # on SEEDS and on FEW
 for share in (10, 5):
     flip = f"--flipped {share / 100}"
     ROWS[f"flip{share}"] = Row("data", f"{share} % of the labels flipped", f"--stage 1 {BOTH}",
@@ -150,4 +164,11 @@ def best_rates(lines):
     best = {row: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate]))
             for row, rates in found.items()}
     best |= {name: row.rate for name, row in ROWS.items() if row.rate}
-    return best | {name: best.get(REFERENCE) for name, row in ROWS.items() if row.image == "test"}
+    return best | {name: best.get(like) for name, like in SAME_RATE.items()}
+
+
+def seeds_of(name):
+    """The seeds of a row, or of the base."""
+    if name in COMPARED:
+        return SEEDS + FEW
+    return SEEDS if name in ROWS and ROWS[name].claim else FEW

@@ -73,6 +73,22 @@ def write_pairs(notes, answers, pairs, folder):
     return {"questions": len(pope), "wrong": wrong, "descriptions": len(descriptions)}
 
 
+def as_said(notes, said):
+    """The notes as a model tells them: what it said, {(image_id, question): sentence}, stands for
+    what is there. Then chosen and rejected differ only in who said them.
+    """
+    told = []
+    for note in notes:
+        answers = [said[note["image_id"], q["question"]].strip() for q in note["questions"]]
+        labels = ["yes" if text.lower().startswith("yes") else "no" for text in answers]
+        description = said[note["image_id"], note["describe"]].strip()
+        told.append(note | {
+            "questions": [q | {"label": label}
+                          for q, label in zip(note["questions"], labels, strict=True)],
+            "description": description, "objects": hallucinated(description, [])})
+    return told
+
+
 def held_out(pairs):
     """The classes that are in no pair."""
     return set(NAMES[len(NAMES) - pairs.held_out:]) if pairs.held_out else set()
@@ -126,14 +142,15 @@ def chosen_description(note, said, pairs):
 # ---- What the base says --------------------------------------------------------------------------
 
 
-def answers_of(model, world, notes, folder):
+def answers_of(model, world, notes, folder, trained=None):
     """What a base says to the questions of preference.json's notes → {(image_id, question): text}.
 
     It is kept in folder/said.json and read from there. A journal in `world` keeps the answers until
-    all are there.
+    all are there. `trained`: {file: digest} of what was trained on the base, if it is not the base.
     """
     asked = [[*(q["question"] for q in note["questions"]), note["describe"]] for note in notes]
-    asker, path = {"base": model.fingerprint, "questions": digest(asked)}, f"{folder}/said.json"
+    asker = {"base": model.fingerprint, "questions": digest(asked)}
+    asker, path = asker | ({"trained": trained} if trained else {}), f"{folder}/said.json"
     kept = read_json(path, dict) if os.path.isfile(path) else {}
     texts = kept.get("answers") if kept.get("of") == asker else None
     if texts is None:

@@ -3,6 +3,7 @@
     python -m tiny.prepare out/base --output noisy --flipped 0.1 [--described true …]
     deepspeed train.py --stage 1 --desc_data_path noisy/desc_data.json \\
         --pope_data_path noisy/pope_data.json           # other pairs of the same base
+    python -m tiny.prepare out/stage1 --output again    # a second round, of what was trained
 
 `prepare_tiny_world` makes each of them once, beside the run's output folder. From then on it names
 them as paths, as a user with real files would. The base is trained by stage 0 of train.py itself.
@@ -25,7 +26,7 @@ from torch import nn
 
 from checkpoints.hub import is_name
 from checkpoints.layouts import typed
-from checkpoints.load import load_base
+from checkpoints.load import Source, checkpoint_type, load_base, load_one, weights_of
 from checkpoints.save import save_base
 from clip_vit import CLIPVisionConfig
 from data import Tokenizer
@@ -41,7 +42,7 @@ from support.common import (
 )
 from support.folders import check_can_write
 from tiny.pictures import NAMES, SIDE
-from tiny.preferences import DESCRIBED, Pairs, answers_of, say_mined, write_pairs
+from tiny.preferences import DESCRIBED, Pairs, answers_of, as_said, say_mined, write_pairs
 from tiny.tower import PATCH, TowerTraining, pretrain_tower
 from tiny.world import Sizes, any_questions, draw_supervised, make_world
 from training.flags import RUNNING, SIZES, parse_flags
@@ -291,7 +292,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="\n".join(f"--described {name}: {text}"
                                                       for name, text in DESCRIBED.items()))
-    parser.add_argument("base", help="a tiny base; its world lies beside it (tiny/base: in out/)")
+    parser.add_argument("base", help="a tiny base, or a checkpoint trained on one: its answers are "
+                                     "corrected; its world lies beside it (tiny/base: in out/)")
     parser.add_argument("--output", required=True, help="folder for desc_data.json, pope_data.json")
     parser.add_argument("--described", choices=DESCRIBED, default="repaired",
                         help="the chosen descriptions, see below; default repaired")
@@ -306,18 +308,32 @@ def main(argv=None):
     parser.add_argument("--questions", choices=("pope", "any"), default="pope",
                         help="which absent objects are asked about: those of POPE's three sets, or "
                              "any; default pope")
+    parser.add_argument("--teacher", help="a checkpoint whose answers are the chosen ones, where "
+                                          "they differ; default: the truth is chosen")
     args = parser.parse_args(argv)
     if os.path.isdir(args.output) and os.listdir(args.output):
         raise InputError(f"--output {args.output}: is not empty; name another folder")
     check_can_write(args.output)
-    device, _ = device_and_dtype(False)
     world, _ = world_beside(args.base)
-    model = load_base(args.base, dtype=torch.float32, device=device, read_trunk=False)
     pairs = Pairs(**{field.name: getattr(args, field.name) for field in fields(Pairs)})
-    any_of = args.questions == "any"
-    notes = any_questions(world) if any_of else read_json(os.path.join(world, "preference.json"))
-    kept = args.output if any_of else os.path.join(world, "hadpo")
-    say_mined(write_pairs(notes, answers_of(model, world, notes, kept), pairs, args.output))
+    plain = args.questions == "pope" and checkpoint_type(args.base) == "base"
+    notes = read_json(os.path.join(world, "preference.json"))
+    if args.questions == "any":
+        notes = any_questions(world)
+    kept = os.path.join(world, "hadpo") if plain else args.output
+    said = said_by(args.base, world, notes, kept)
+    if args.teacher:
+        folder = os.path.join(args.output, "teacher")
+        notes = as_said(notes, said_by(args.teacher, world, notes, folder))
+    say_mined(write_pairs(notes, said, pairs, args.output))
+
+
+def said_by(checkpoint, world, notes, folder):
+    """What a base or a trained checkpoint says to the questions of `notes`; kept in `folder`."""
+    device, _ = device_and_dtype(False)
+    model = load_one(Source([checkpoint]), device, torch.float32)
+    trained = {} if checkpoint_type(checkpoint) == "base" else weights_of(checkpoint)
+    return answers_of(model, world, notes, folder, trained)
 
 
 if __name__ == "__main__":
