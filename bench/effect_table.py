@@ -23,7 +23,7 @@ UNTRAINED = {"base": "base", "threshold": "base, the best threshold (fitted on v
              "probe": "linear probe on the tower's features"}
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-           2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+           2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
 COLUMNS = {"adversarial/accuracy": "adversarial", "popular/accuracy": "popular",
            "random/accuracy": "random", "adversarial/auc": "AUC", "adversarial/yes_ratio": "yes",
            "well_formed": "well-formed", "chair_i": "CHAIR_i", "coverage": "recall",

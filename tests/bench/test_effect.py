@@ -18,9 +18,11 @@ from bench.effect_rows import (
     REFERENCE,
     ROWS,
     SEEDS,
+    STEPS,
     VALIDATION_SEEDS,
     best_rates,
     read_results,
+    seeds_of,
 )
 from bench.effect_table import image_interval, mean_and_sd, paired, student_interval
 from model import Trunk
@@ -60,6 +62,7 @@ def test_best_rates(tmp_path):
     rates = best_rates(read_results(str(tmp_path)))
     assert rates["dpo"] == 3e-3 and rates["sft"] == 3e-3 and "base" not in rates
     assert rates["other_test"] == rates[REFERENCE] == 3e-4        # only what it is asked differs
+    assert rates["teacher"] == 3e-4 and rates["teacher_sft"] == rates["sft"]
     assert "other_always" not in rates
     # All three sets count, and a line that is being written does not.
     lines = [result("dpo", 42, rate, True, 50) for rate in (1e-3, 3e-3)]
@@ -91,19 +94,31 @@ def test_tasks_of_validation(tmp_path):
 
 def test_tasks_at_the_best_rates(tmp_path):
     """Rows that carry a claim before the others and on more seeds; another base of its own."""
-    names = [REFERENCE, "ipo", "projector16_sft"]
+    names = [REFERENCE, "nll30", "ipo", "projector16_sft"]
     write(tmp_path, [result(name, 42, 1e-3, True, 50) for name in names])
     bases, behind = tasks_of(typed(tmp_path, names), set())
-    assert sorted(bases) == [Task(0, s, p) for s in SEEDS for p in (0, 16) if s in FEW or not p]
+    assert sorted(bases) == [*(Task(0, s, 0) for s in SEEDS),
+                             *(Task(0, s, p) for s in FEW for p in (0, 16))]
+    claims = [(REFERENCE, 1e-3), ("nll30", ROWS["nll30"].rate)]
     for seed in SEEDS:
+        assert [(task.priority, task.rows) for task in behind[seed, 0]] == [(1, claims)]
+        assert (seed, 16) not in behind
+    for seed in FEW:
         of_seed = [(task.priority, task.rows) for task in behind[seed, 0]]
-        expected = [(1, [(REFERENCE, 1e-3)]), (2, [("ipo", 1e-3)])]
-        assert of_seed == (expected if seed in FEW else expected[:1])
-        others = [task.rows for task in behind.get((seed, 16), [])]
-        assert others == [[("projector16_sft", 1e-3)]] * (seed in FEW)
+        assert of_seed == [(1, claims[:1]), (2, [("ipo", 1e-3)])]
+        assert [task.rows for task in behind[seed, 16]] == [[("projector16_sft", 1e-3)]]
     everything = sorted(bases + sum(behind.values(), []))
     assert [task.priority for task in everything] == sorted(t.priority for t in everything)
     assert everything[0] == Task(0, SEEDS[0], 0)
+
+
+def test_seeds_of():
+    """None was seen by a choice; what small rows are compared with has theirs, too."""
+    assert len(SEEDS) == 16 and len(FEW) == 6 and not {*SEEDS} & {*FEW}
+    assert not {*VALIDATION_SEEDS} & {*SEEDS, *FEW}
+    assert seeds_of("nll30") == SEEDS and seeds_of("ipo") == FEW
+    for name in ("base", REFERENCE, "sft", "nothing"):
+        assert seeds_of(name) == SEEDS + FEW
 
 
 def test_tasks_leave_out_what_is_done(tmp_path):
@@ -140,7 +155,53 @@ def test_a_missing_rate_is_refused(tmp_path, name, of):
     with pytest.raises(InputError, match=f"^{name}: .*results.jsonl.*--validation --rows {of} f"):
         tasks_of(typed(tmp_path, ["sft", name]), set())
     write(tmp_path, [result(of, 42, 1e-3, True, 50)])
-    assert tasks_of(typed(tmp_path, [name]), set())[1][46, 0][0].rows == [(name, 1e-3)]
+    assert tasks_of(typed(tmp_path, [name]), set())[1][FEW[0], 0][0].rows == [(name, 1e-3)]
+
+
+# ---- Runs before a row ---------------------------------------------------------------------------
+
+
+def run_rows(monkeypatch, tmp_path, *names):
+    """[flags of train.py] and [flags of tiny.prepare] of training these rows, which do nothing."""
+    trained, prepared = [], []
+    monkeypatch.setattr(effect, "run_train", trained.append)
+    monkeypatch.setattr(effect.prepare, "main", prepared.append)
+    for name in names:
+        effect.train_row(str(tmp_path), 62, name, 1e-3, STEPS)
+    return trained, prepared
+
+
+def value(flags, name):
+    return flags[flags.index(name) + 1] if name in flags else None
+
+
+def test_a_second_round(monkeypatch, tmp_path):
+    """Half the steps; then pairs of what that run says, and the other half from where it ended."""
+    (before, after), (asked,) = run_rows(monkeypatch, tmp_path, "round2")
+    first = str(tmp_path / "round2-0.001-first")
+    assert value(before, "--output_dir") == value(after, "--init") == asked[0] == first
+    assert value(before, "--max_steps") == value(after, "--max_steps") == str(STEPS // 2)
+    assert "--init" not in before and "--pope_data_path" not in before
+    pairs = os.path.dirname(value(after, "--pope_data_path"))
+    assert value(asked, "--output").startswith(pairs) and "--teacher" not in asked
+    assert value(after, "--output_dir") == str(tmp_path / "round2-0.001")
+
+
+def test_pairs_of_a_teacher(monkeypatch, tmp_path):
+    """The base is corrected by what another run says, and the row does not start from that run."""
+    (before, after), (asked,) = run_rows(monkeypatch, tmp_path, "teacher_sft")
+    teacher = value(before, "--output_dir")
+    assert value(asked, "--teacher") == teacher == str(tmp_path / "teacher_sft-0.001-teacher")
+    assert asked[0] == str(tmp_path / "base") and value(asked, "--described") == "true"
+    assert "--init" not in after and "sft" in after
+    assert value(after, "--desc_data_path").startswith(str(tmp_path / "pairs-base"))
+
+
+def test_rows_without_runs_before(monkeypatch, tmp_path):
+    trained, prepared = run_rows(monkeypatch, tmp_path, "ipo", "flip5")
+    assert len(trained) == 2 and "--pope_data_path" not in trained[0]
+    (asked,) = prepared
+    assert asked[0] == str(tmp_path / "base") and value(asked, "--flipped") == "0.05"
 
 
 # ---- Another image -------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import load_json
 
+from checkpoints.layouts import OURS
 from support.common import InputError
 from tiny import preferences, prepare
 from tiny.pictures import CLASSES, NAMES, SCENES
-from tiny.preferences import Pairs, answers_of, chosen_description, write_pairs
+from tiny.preferences import Pairs, answers_of, as_said, chosen_description, write_pairs
 from tiny.world import Sizes, answer, any_questions, ask, hallucinated, make_world, sentence
 
 SCENE, OTHER_SCENE = list(SCENES)[:2]
@@ -210,8 +211,9 @@ def test_a_base_is_asked_once(tmp_path, monkeypatch):
         asked.append(model.fingerprint)
         return [[f"{model.fingerprint} {q}" for q in of_image] for of_image in questions]
 
-    def ask_it(fingerprint, notes):
-        found = answers_of(SimpleNamespace(fingerprint=fingerprint), "world", notes, folder)
+    def ask_it(fingerprint, notes, trained=None):
+        found = answers_of(SimpleNamespace(fingerprint=fingerprint), "world", notes, folder,
+                           trained)
         assert found == {(n["image_id"], q): f"{fingerprint} {q}" for n in notes
                          for q in [*(q["question"] for q in n["questions"]), DESCRIBE]}
 
@@ -222,6 +224,25 @@ def test_a_base_is_asked_once(tmp_path, monkeypatch):
     ask_it("b", NOTES[:4])
     ask_it("b", NOTES[:4])
     assert asked == ["a", "b", "b"]
+    for digest in ("1", "1", "2"):                  # two checkpoints of the same base
+        ask_it("b", NOTES[:4], {"trained.safetensors": digest})
+    assert asked == ["a", "b", "b", "b", "b"]
+
+
+def test_as_said():
+    """What a teacher said is the truth of its notes, and of the pairs made of them."""
+    note = NOTES[0] | {"questions": NOTES[0]["questions"][:2]}
+    first, second = note["questions"]
+    here, other = NAMES[0], NAMES[1]
+    told = sentence(next(iter(SCENES)), [other, here])
+    said = {(note["image_id"], first["question"]): " yes , there is",
+            (note["image_id"], second["question"]): "Perhaps.",
+            (note["image_id"], note["describe"]): f" {told}"}
+    as_told, = as_said([note], said)
+    assert [q["label"] for q in as_told["questions"]] == ["yes", "no"]
+    assert as_told["description"] == told and set(as_told["objects"]) == {here, other}
+    assert as_told["image_id"] == note["image_id"]
+    assert note["questions"] == [first, second]                         # the notes stay
 
 
 # ---- python -m tiny.prepare ----------------------------------------------------------------------
@@ -271,9 +292,45 @@ def test_any_questions_are_asked_beside_the_others(base_beside_its_world):
     assert [row["question"] for row in load_json(root / "any" / "pope_data.json")] == questions
 
 
+def test_a_second_round_and_a_teacher(base_beside_its_world, monkeypatch, capsys):
+    """A checkpoint's own answers are corrected, or are what is chosen; the base's stay as they are.
+    """
+    root, asked = base_beside_its_world, []
+    notes = load_json(root / "world" / "preference.json")
+
+    def ask_base(model, world, notes, questions, asker):
+        """The base says yes to all, what was trained on it no."""
+        asked.append("trained" in asker)
+        text = "No." if "trained" in asker else "Yes."
+        return [[text] * len(of_image) for of_image in questions]
+
+    monkeypatch.setattr(preferences, "ask_base", ask_base)
+    monkeypatch.setattr(prepare, "load_one", lambda *args: SimpleNamespace(fingerprint="of it"))
+    monkeypatch.setattr(prepare, "weights_of", lambda path: {"trained.safetensors": "1"})
+    (root / "stage1").mkdir()
+    (root / "stage1" / "config.json").write_text(json.dumps({"model_type": OURS}))
+
+    def rows_of(base, output, *flags):
+        prepare.main([str(root / base), "--output", str(root / output), *flags])
+        return load_json(root / output / "pope_data.json")
+
+    # Of what was trained: what it said wrongly is rejected, and the truth is chosen.
+    again = rows_of("stage1", "again")
+    assert not os.path.exists(root / "world" / "hadpo" / "said.json")
+    labels = [q["label"] for note in notes for q in note["questions"]]
+    assert [row["answer"] for row in again] == labels
+    assert [row["reject"] for row in again if not row["correct"]] == ["No."] * labels.count("yes")
+
+    # Of the base, with a teacher: what the teacher said is chosen, whatever is there.
+    told = rows_of("base", "told", "--teacher", str(root / "stage1"))
+    assert {row["answer"] for row in told} == {"no"} and not any(row["correct"] for row in told)
+    assert {row["reject"] for row in told} == {"Yes."} and asked == [True, False, True]
+    assert "mined from" in capsys.readouterr().out
+
+
 def test_a_folder_with_something_in_it_is_refused(base_beside_its_world, monkeypatch):
     root = base_beside_its_world
-    monkeypatch.setattr(prepare, "load_base", lambda *args, **options: pytest.fail("it is read"))
+    monkeypatch.setattr(prepare, "load_one", lambda *args: pytest.fail("it is read"))
     (root / "mine").mkdir()
     (root / "mine" / "notes.txt").write_text("mine")
     (root / "file").write_text("mine")
