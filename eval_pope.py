@@ -1,7 +1,7 @@
 """POPE: does the model see objects that are not there?
 
     python eval_pope.py tiny/base                         # the tiny base that comes with the code
-    python eval_pope.py out/stage2                        # the tiny world beside the checkpoint
+    python eval_pope.py out/stage2                        # what train.py has made
     python eval_pope.py out/stage1 out/stage2             # checkpoints of one base: one trunk pass
     python eval_pope.py out/*/                            # a sweep, and whatever lies beside it
     python eval_pope.py CKPT --coco_path COCO --pope_path POPE/output/coco --protocol llava
@@ -41,14 +41,8 @@ from checkpoints.load import (
 )
 from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from model import Llava, answer
-from support.common import (
-    InputError,
-    Number,
-    device_and_dtype,
-    file_digest,
-    run_program,
-    say,
-)
+from support.command_line import Parser
+from support.common import InputError, Number, device_and_dtype, file_digest, run_program, say
 from support.folders import check_can_write
 from support.images import check_images
 from support.outputs import (
@@ -60,7 +54,7 @@ from support.outputs import (
     write_value,
 )
 from support.processes import end_processes, place, start_processes
-from support.questions import SPLITS, find_images, question_files, read_pope
+from support.questions import SPLITS, find_images, question_files, read_pope, split_name
 from tiny.prepare import world_beside
 from training.guards import long_rows
 from training.originals import pope_arguments
@@ -314,9 +308,9 @@ def write_answers(folder, evaluation, checkpoints):
     print(f"\nanswers and metrics.json: {folder}")
 
 
-def flags(description):
+def flags(doc):
     """The flags of an evaluation; tools/report.py adds its own."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(doc)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT",
         help="trained checkpoints of one base, or a base; other folders are left out")
@@ -326,20 +320,24 @@ def flags(description):
     add("--image_folder", help="in place of --coco_path: the folder that holds the images")
     add("--pope_path", nargs="+", help="folder of *pope*_{random,popular,adversarial}.json, or the "
         "question files (name CKPT first); default: the tiny world's")
-    add("--set", nargs="+", choices=SPLITS, help="default: all three, or those of the named files")
-    add("--protocol", choices=PROTOCOLS, default="hadpo")
+    add("--set", nargs="+", choices=SPLITS, type=split_name,
+        metavar="{random,popular,adversarial}",
+        help="which questions; default: all three, or those of the named files")
+    add("--protocol", choices=PROTOCOLS, default="hadpo",
+        help="how is asked: HA-DPO's bare question, or LLaVA's for a single word")
     add("--max_new_tokens", type=Number("--max_new_tokens", int, above=0),
-        help="default: the protocol's")
+        help="an answer's length at most; default: the protocol's, 512 or 128")
     add("--batch_size", type=Number("--batch_size", int, above=0),
         help="images at once; default: what fits")
     add("--bf16", action=argparse.BooleanOptionalAction,
-        help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
-    add("--output_dir", help="default: CKPT/pope of the first checkpoint; out/pope for tiny/base")
+        help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
+    add("--output_dir", help="for answers and numbers; default: CKPT/pope of the first checkpoint; "
+        "out/pope for tiny/base")
     return parser
 
 
 def main():
-    evaluation = evaluate(flags(__doc__.split("\n\n")[0]).parse_args(pope_arguments()))
+    evaluation = evaluate(flags(__doc__).parse_args(pope_arguments()))
     if evaluation:                      # it is on rank 0 only
         evaluation.journal.remove()
     end_processes()

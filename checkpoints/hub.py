@@ -17,6 +17,7 @@ import re
 from fnmatch import fnmatchcase
 
 from checkpoints.layouts import SEED_FILE, TRAINED_FILE, weight_files
+from support.command_line import meant
 from support.common import InputError, progress, read_json
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w][\w./-]*)?")
@@ -144,16 +145,18 @@ def explained(name, error, constants):
     """Why a name could not be fetched, and what to do, in one line."""
     kind, server = type(error).__name__, constants.ENDPOINT
     repository, _, revision = name.partition("@")
+    near = meant(name).removeprefix("check the path")
+    no_folder = f"no such folder{near and f' ({near})'}"
     if kind == "GatedRepoError":
         return f"{name}: {server} asks for a login; hf auth login, and ask for access on its page"
     if kind == "RevisionNotFoundError":
         return f"{name}: {server} has no revision {revision or 'main'}; check what stands behind @"
     if kind == "RepositoryNotFoundError":
-        return (f"{name}: no such folder, and {server} has no model of this name (or only for "
+        return (f"{name}: {no_folder}, and {server} has no model of this name (or only for "
                 "those who log in: hf auth login); check the path or the name")
     reason = str(error).strip().partition("\n")[0] or kind
     at = f" --revision {revision}" if revision else ""
-    return (f"{name}: no such folder; as a name on the hub it is not whole in "
+    return (f"{name}: {no_folder}; as a name on the hub it is not whole in "
             f"{constants.HF_HUB_CACHE}, and {server} gave nothing ({reason}). Where there is a "
             f"network: hf download {repository}{at} --local-dir FOLDER; copy FOLDER here and name "
             "it instead")

@@ -1,6 +1,7 @@
 """CHAIR: how many of the objects that a description names are not in the image?
 
-    python -m evals.chair out/stage1 out/stage2           # the tiny world beside the checkpoints
+    python -m evals.chair tiny/base                       # the tiny base that comes with the code
+    python -m evals.chair out/stage2                      # what train.py has made
     python -m evals.chair CKPT --coco_path COCO --annotations COCO/annotations
     python -m evals.chair CKPT --coco_path COCO --annotations COCO/annotations --images list.txt
     python -m evals.chair --score answers.jsonl --annotations instances_val2014.json
@@ -24,7 +25,6 @@ and such a file is a list of images itself: `--images CKPT/chair/base.jsonl` ask
 Follows CHAIR (arXiv 1809.02156): what COCO's annotators marked is there, and what the captions name
 (objects.py). Without a list of images, 500 are drawn, as is usual.
 """
-import argparse
 import os
 import random
 from dataclasses import dataclass
@@ -42,6 +42,7 @@ from evals.describe import (
     write_metrics,
 )
 from evals.objects import annotation_files, list_of_words, read_annotations, read_words
+from support.command_line import Parser
 from support.common import InputError, Number, read_json, run_program, say
 from support.folders import check_can_write
 from support.outputs import check_output_folder, write_rows
@@ -196,8 +197,7 @@ def write(folder, judged, said, metrics):
 
 
 def parser():
-    parser = argparse.ArgumentParser(prog="python -m evals.chair",
-                                     description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     flags(parser, Asking())
     add = parser.add_argument
     add("--coco_path", help="folder that holds val2014; default: the tiny world beside CKPT")
@@ -208,9 +208,10 @@ def parser():
     add("--images", metavar="LIST", help="the images to describe: names or numbers, one a line, or "
         "rows with `image`, as POPE's questions and our answers")
     add("--num_images", type=Number("--num_images", int, above=0), default=500,
-        help="so many are drawn where no list is named; default: %(default)s")
+        help="so many are drawn where no list is named")
     add("--seed", type=Number("--seed", int, low=0), default=0, help="for which are drawn")
-    add("--output_dir", help="default: CKPT/chair of the first checkpoint; out/chair for tiny/base")
+    add("--output_dir", help="for texts and numbers; default: CKPT/chair of the first checkpoint; "
+        "out/chair for tiny/base")
     return parser
 
 

@@ -71,17 +71,17 @@ def flags(parser, usual):
         help="trained checkpoints of one base, or a base; other folders are left out")
     add("--model_name_or_path", help="the base, where it is not the one that the checkpoint names")
     add("--vision_tower", help="CLIP's folder, where base or checkpoint name another")
-    add("--prompt", default=usual.prompt, help="what is asked; default: %(default)r")
+    add("--prompt", metavar="TEXT", default=usual.prompt, help="what is asked")
     add("--system_prompt", choices=SYSTEMS, default=usual.system_prompt,
-        help="LLaVA's, or the one that HA-DPO evaluates with; default: %(default)s")
+        help="LLaVA's, or the one that HA-DPO evaluates with")
     add("--num_beams", type=Number("--num_beams", int, above=0), default=usual.num_beams,
-        help="1: greedy; default: %(default)s")
+        help="beams of the search; 1 is greedy decoding")
     add("--max_new_tokens", type=Number("--max_new_tokens", int, above=0),
-        default=usual.max_new_tokens, help="default: %(default)s")
+        default=usual.max_new_tokens, help="a description's length at most")
     add("--batch_size", type=Number("--batch_size", int, above=0),
         help="images at once, where it is greedy; default: what fits")
     add("--bf16", action=argparse.BooleanOptionalAction,
-        help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
+        help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     add("--score", nargs="+", metavar="FILE", help="texts that exist already: no model is loaded")
 
 

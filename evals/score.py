@@ -1,8 +1,10 @@
 """POPE's numbers of answers that exist already: no model is loaded.
 
-    python -m evals.score ANSWERS.jsonl --pope_path POPE/output/coco
+    python -m evals.score out/pope/base_popular.jsonl --pope_path out/world/pope
+    python -m evals.score out/stage2/pope/stage2_random.jsonl \\
+        --pope_path out/world/pope --set random
     python -m evals.score ANSWERS.jsonl --pope_path gqa_pope_seem_*.json
-    python -m evals.score llava-v1.5-7b.jsonl --pope_path POPE/2023 \
+    python -m evals.score llava-v1.5-7b.jsonl --pope_path POPE/2023 \\
         --question_file llava_pope_test.jsonl
 
 Reads answers in our form (eval_pope.py), HA-DPO's and LLaVA's, one per line or as one list. A split
@@ -10,15 +12,15 @@ is scored only where every question of it is answered; of the others it prints h
 there are. Answers and questions are joined by image and question, or by id and question where the
 file names no image.
 """
-import argparse
 import math
 import os
 from collections import Counter
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 from eval_pope import PROTOCOLS, measure, table
+from support.command_line import Parser
 from support.common import InputError, field, run_program
-from support.questions import SPLITS, question_files, read_list, read_pope
+from support.questions import SPLITS, question_files, read_list, read_pope, split_name
 
 
 def by_id(rows):
@@ -145,16 +147,16 @@ def score_file(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     prog="python -m evals.score")
+    parser = Parser(__doc__)
     parser.add_argument("answers", metavar="ANSWERS",
                         help="answers in our, HA-DPO's or LLaVA's form")
     parser.add_argument("--pope_path", required=True, nargs="+",
                         help="folder of *pope*_{random,popular,adversarial}.json, or the question "
                              "files (name ANSWERS first)")
     parser.add_argument("--question_file", help="LLaVA's llava_pope_test.jsonl, for its answers")
-    parser.add_argument("--set", nargs="+", choices=SPLITS,
-                        help="default: all three, or those of the named files")
+    parser.add_argument("--set", nargs="+", choices=SPLITS, type=split_name,
+                        metavar="{random,popular,adversarial}",
+                        help="which questions; default: all three, or those of the named files")
     score_file(parser.parse_args())
 
 

@@ -1,6 +1,7 @@
 """SHR: how many sentences of a description are hallucinations, as a judge sees it?
 
-    python -m evals.shr out/stage1 out/stage2 --judge truth         # the tiny world
+    python -m evals.shr tiny/base --judge truth           # the tiny base that comes with the code
+    python -m evals.shr out/stage2 --judge truth          # what train.py has made
     python -m evals.shr CKPT --vg_path VG --shr_path SHR \\
         --judge_url http://localhost:8000/v1 --judge_model NAME     # key: OPENAI_API_KEY
     python -m evals.shr --score responses.json --vg_path VG --shr_path SHR --judge_url … …
@@ -24,7 +25,6 @@ different numbers: compare only what one judge said.
 The tiny world has its own judge, `--judge truth`: a sentence that names a class or a scene that is
 not there is a hallucination, one that names only what is there is correct.
 """
-import argparse
 import os
 import re
 from collections import Counter
@@ -42,6 +42,7 @@ from evals.describe import (
 )
 from evals.judge import judge_of, replies
 from evals.regions import prompt_of, read_known
+from support.command_line import Parser
 from support.common import InputError, Number, progress, read_json, run_program, say
 from support.common import field as value_of
 from support.folders import check_can_write
@@ -257,23 +258,24 @@ def write(folder, judged, said, values):
 
 
 def parser():
-    parser = argparse.ArgumentParser(prog="python -m evals.shr",
-                                     description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     flags(parser, Asking(system_prompt="hadpo", num_beams=5))
     add = parser.add_argument
     add("--vg_path", help="Visual Genome: image_data.json, region_descriptions.json, VG_100K[_2]")
     add("--shr_path", help="HA-DPO's val_images_final.json and shr_factual_part{1,2}.jsonl")
     add("--judge", choices=("server", "truth"), default="server",
-        help="truth: the tiny world's own; default: %(default)s")
-    add("--judge_url", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1")
-    add("--judge_model", help="its model; the key is read from OPENAI_API_KEY")
+        help="a language model behind --judge_url, or the tiny world's own truth")
+    add("--judge_url", metavar="URL",
+        help="an OpenAI-compatible server, e.g. http://localhost:8000/v1")
+    add("--judge_model", metavar="NAME", help="its model; the key is read from OPENAI_API_KEY")
     add("--judge_timeout", type=Number("--judge_timeout", float, above=0), default=300.0,
-        help="seconds for one answer; default: %(default)s")
+        help="seconds for one answer")
     add("--judge_at_once", type=Number("--judge_at_once", int, above=0), default=8,
-        help="requests at the same time; default: %(default)s")
+        help="requests at the same time")
     add("--num_images", type=Number("--num_images", int, above=0),
         help=f"the first so many; default: all of the list, {TINY_IMAGES} in the tiny world")
-    add("--output_dir", help="default: CKPT/shr of the first checkpoint; out/shr for tiny/base")
+    add("--output_dir", help="for replies and numbers; default: CKPT/shr of the first checkpoint; "
+        "out/shr for tiny/base")
     return parser
 
 

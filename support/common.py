@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from support.command_line import meant
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"     # how such a file begins
 BOM = b"\xef\xbb\xbf"           # some programs write it in front of UTF-8
 
@@ -104,6 +106,10 @@ class Number:
                 and (self.below is None or value < self.below)
                 and (self.high is None or value <= self.high))
 
+    @property
+    def metavar(self):
+        return "N" if self.kind is int else "X"
+
     def range(self):
         bounds = {"above": self.above, "at least": self.low, "below": self.below,
                   "at most": self.high}
@@ -119,7 +125,7 @@ def check_file(path):
     if os.path.isdir(path):
         raise InputError(f"{path}: is a folder, and a file is meant; name the file")
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; check the path (nothing is downloaded)")
+        raise InputError(f"{path}: no such file; {meant(path)}")
     try:
         with open(path, "rb") as file:
             is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER

@@ -128,6 +128,8 @@ def check_images(paths):
             alike.setdefault(fault, []).append(path)
         listed = [f"{', '.join(names)}: {fault}" for fault, names in alike.items()]
         listed += [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
+        if len(paths) == 1:
+            raise InputError(listed[0])
         plural = "s" if len(bad) > 1 else ""
         raise InputError(f"{len(bad)} image{plural} missing or unreadable: {' | '.join(listed)}")
 

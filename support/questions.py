@@ -62,6 +62,11 @@ def files_in(folder, splits):
                      "POPE's folder, or its files")
 
 
+def split_name(text):
+    """An argparse type: the word of --set for a split, whichever of its two names was typed."""
+    return next((short for short, name in SPLITS.items() if name == text), text)
+
+
 def named_files(paths, sets):
     """The files that the user named: a name may end with its split, else it is the split's name."""
     for path in paths:

@@ -318,6 +318,7 @@ def late_settings(sources):
         if not path.startswith(("evals/", "tools/")) or '__name__ == "__main__"' not in text:
             continue
         before = text.partition('os.environ.setdefault("OMP_WAIT_POLICY"')[0]
+        before = before.replace("from support.command_line import", "")      # needs neither
         heads = re.findall(r"^(?:from|import) (\w+)", before, re.M)
         late += [path] * bool(set(heads) - set(sys.stdlib_module_names))
     return late
@@ -327,5 +328,5 @@ def test_threads_wait_quietly(sources):
     """Spinning threads made CHAIR take 20 s of processor time, and 9 s without."""
     assert late_settings(sources) == []
     chair = sources["evals/chair.py"]
-    spoilt = chair.replace("import argparse", "import torch\nimport argparse", 1)
+    spoilt = chair.replace("import os", "import torch\nimport os", 1)
     assert late_settings({"evals/chair.py": spoilt}) == ["evals/chair.py"]

@@ -1,19 +1,19 @@
-"""What a run without files trains on: the tiny world's images, tower, base model, preference data.
+"""Make what a run without files trains on, and other preference pairs of the same base.
 
-    python -m tiny.prepare out/base --output noisy --flipped 0.1 [--described true …]
+    python -m tiny.prepare tiny/base --output noisy --flipped 0.1  # a tenth of the answers is wrong
+    python -m tiny.prepare tiny/base --output true --described true
     deepspeed train.py --stage 1 --desc_data_path noisy/desc_data.json \\
         --pope_data_path noisy/pope_data.json           # other pairs of the same base
     python -m tiny.prepare out/stage1 --output again    # a second round, of what was trained
 
-`prepare_tiny_world` makes each of them once, beside the run's output folder. From then on it names
-them as paths, as a user with real files would. The base is trained by stage 0 of train.py itself.
-The rejected answers are mined from what that base says about images it has not seen, as HA-DPO's
-were.
+`prepare_tiny_world` makes the tiny world's images, tower, base model and preference data, each
+once, beside the run's output folder. From then on it names them as paths, as a user with real files
+would. The base is trained by stage 0 of train.py itself. The rejected answers are mined from what
+that base says about images it has not seen, as HA-DPO's were.
 
 The sizes below follow a recipe that was found by measuring (docs/results.md). The projector is
 narrow, so the tower sees more than LLaMA gets to know, and the block has something to find.
 """
-import argparse
 import copy
 import json
 import os
@@ -32,6 +32,7 @@ from clip_vit import CLIPVisionConfig
 from data import Tokenizer
 from llama import LlamaConfig
 from model import Head, Llava, LlavaConfig, Trunk
+from support.command_line import Parser
 from support.common import (
     InputError,
     Number,
@@ -288,26 +289,26 @@ def mined_from(world, fingerprint):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Make preference pairs of a tiny base's answers.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="\n".join(f"--described {name}: {text}"
-                                                      for name, text in DESCRIBED.items()))
-    parser.add_argument("base", help="a tiny base, or a checkpoint trained on one: its answers are "
-                                     "corrected; its world lies beside it (tiny/base: in out/)")
-    parser.add_argument("--output", required=True, help="folder for desc_data.json, pope_data.json")
+    parser = Parser(__doc__)
+    parser.add_argument("base", metavar="BASE",
+                        help="a tiny base, or a checkpoint trained on one: its answers are "
+                             "corrected; its world lies beside it (tiny/base: in out/)")
+    parser.add_argument("--output", required=True, metavar="FOLDER",
+                        help="for desc_data.json and pope_data.json")
     parser.add_argument("--described", choices=DESCRIBED, default="repaired",
-                        help="the chosen descriptions, see below; default repaired")
+                        help="the chosen descriptions. " + "; ".join(
+                            f"{name}: {text}" for name, text in DESCRIBED.items()))
     parser.add_argument("--every", type=Number("--every", int, above=0), default=1,
-                        help="describe each n-th image only; default 1")
+                        help="describe each n-th image only")
     parser.add_argument("--flipped", type=Number("--flipped", float, low=0, high=1), default=0.0,
-                        help="share of questions whose chosen answer is made wrong; default 0")
-    parser.add_argument("--images", type=Number("--images", int, above=0), default=0,
-                        help="how many images have pairs; default all")
+                        help="share of questions whose chosen answer is made wrong")
+    parser.add_argument("--images", type=Number("--images", int, low=0), default=0,
+                        help="how many images have pairs; 0 is all")
     parser.add_argument("--held_out", type=Number("--held_out", int, low=0, below=len(NAMES)),
-                        default=0, help="so many classes are in no pair; default 0")
+                        default=0, help="so many classes are in no pair")
     parser.add_argument("--questions", choices=("pope", "any"), default="pope",
                         help="which absent objects are asked about: those of POPE's three sets, or "
-                             "any; default pope")
+                             "any")
     parser.add_argument("--teacher", help="a checkpoint whose answers are the chosen ones, where "
                                           "they differ; default: the truth is chosen")
     args = parser.parse_args(argv)

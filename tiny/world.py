@@ -1,6 +1,7 @@
 """The tiny world: pictures and what is said about them, written in exactly the real file layouts.
 
-    python -m tiny.world DIR [--seed N] [--preference 5800 …]       # a whole world, 15 seconds
+    python -m tiny.world world                              # a whole world, 15 seconds
+    python -m tiny.world other --seed 1 --preference 100    # another one, with fewer pairs
 
 Most objects in a picture belong to its scene (pictures.py). So a model that looks badly can still
 guess well, and by guessing it hallucinates. That is the disease of the large models, small enough
@@ -19,7 +20,6 @@ Follows POPE (arXiv 2305.10355) and HA-DPO (arXiv 2311.16839). Deliberately diff
 one word that takes "a". POPE counts how often classes appear, and appear together, in the judged
 images; we count in the supervised ones, which are more.
 """
-import argparse
 import json
 import os
 import re
@@ -34,6 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DESCRIBE, SYSTEM
+from support.command_line import Parser
 from support.common import InputError, Number, run_program
 from tiny.pictures import CLASSES, HOME, NAMES, SCENES, SIDE, STREAMS, facts, picture
 
@@ -320,12 +321,13 @@ def train_tokenizer(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write the tiny world.")
-    parser.add_argument("dir", help="folder to create")
-    parser.add_argument("--seed", type=Number("--seed", int, low=0), default=42)
+    parser = Parser(__doc__)
+    parser.add_argument("dir", metavar="DIR", help="folder to create")
+    parser.add_argument("--seed", type=Number("--seed", int, low=0), default=42,
+                        help="of everything that is drawn")
     for split, count in asdict(Sizes()).items():
         parser.add_argument(f"--{split}", type=Number(f"--{split}", int, above=0), default=count,
-                            help=f"images of this split, default {count}")
+                            help="images of this split")
     args = parser.parse_args()
     try:
         make_world(args.dir, args.seed, Sizes(**{name: getattr(args, name) for name in PATHS}))

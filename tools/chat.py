@@ -1,7 +1,7 @@
 """Talk to a checkpoint in the terminal, or ask it one question from a script.
 
-    python -m tools.chat out/stage2 --image photo.jpg              # words appear as they are chosen
-    python -m tools.chat out/stage2 --image photo.jpg --compare    # the base's answer above it
+    python -m tools.chat tiny/base --image tiny/park.jpg           # words appear one by one
+    python -m tools.chat out/stage2 --image tiny/park.jpg --compare    # the base's answer above it
     python -m tools.chat out/stage2 --image photo.jpg --log chat.jsonl    # and keep what was said
     python -m tools.chat out/stage2 --image photo.jpg --prompt "Is there a dog?" > answer.txt
     python -m tools.chat CKPT --model_name_or_path llava-v1.5-7b --temperature 0.2 --top_p 0.9
@@ -36,6 +36,7 @@ import torch
 from checkpoints.load import Source, load_all
 from data import EOS
 from evals.sampling import Conversation, Sampling
+from support.command_line import Parser
 from support.common import InputError, Number, device_and_dtype, run_program
 from support.images import check_images
 from support.outputs import Lines, check_output_file
@@ -163,8 +164,7 @@ class Chat:
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     prog="python -m tools.chat")
+    parser = Parser(__doc__)
     add = parser.add_argument
 
     def add_number(flag, kind, help):               # the ranges are those of Sampling
@@ -172,25 +172,25 @@ def flags():
 
     add("checkpoint", metavar="CKPT", help="trained checkpoint, LoRA adapter, or a base")
     add("--image", help="a picture; without one the conversation is about nothing")
-    add("--prompt", help="ask this, print the answer and end")
+    add("--prompt", metavar="TEXT", help="ask this, print the answer and end")
     add("--compare", action="store_true", help="the base's answer too, above the checkpoint's")
     add("--log", metavar="FILE", help="append what is said to this file, a JSON line per turn (the "
         "conversation itself is not kept)")
     add("--model_name_or_path", help="the base, where it is not the one that the checkpoint names")
     add("--vision_tower", help="CLIP's folder, where base or checkpoint name another")
-    add_number("--temperature", float, "0 (default): the likeliest token; else draw one")
+    add_number("--temperature", float, "0: the likeliest token; else draw one")
     add_number("--top_p", float,
-               "draw among the likeliest tokens of this probability together; 1 (default): all")
-    add_number("--top_k", int, "draw among this many; 0 (default): all")
+               "with --temperature: draw among the likeliest tokens of this probability together")
+    add_number("--top_k", int, "with --temperature: draw among this many; 0: all")
     add_number("--repetition_penalty", float, "above 1: what was said already is less likely")
     add_number("--no_repeat_ngram_size", int,
-               "so many tokens in a row never come twice; 0 (default): off")
+               "so many tokens in a row never come twice; 0: off")
     add_number("--num_beams", int, "beam search; the answer appears when it is finished")
-    add_number("--max_new_tokens", int, "an answer's length at most; default 512")
+    add_number("--max_new_tokens", int, "an answer's length at most")
     add("--seed", type=Number("--seed", int, low=0, high=2 ** 63 - 1),
         help="with --temperature: the same answers again")
     add("--bf16", action=argparse.BooleanOptionalAction,
-        help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
+        help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     parser.set_defaults(**vars(Sampling()))
     return parser
 

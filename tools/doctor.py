@@ -1,19 +1,21 @@
 """What is here, what fits on it, and what to do next. Takes a second: torch is not even imported.
 
     python -m tools.doctor
+    python -m tools.doctor --model_name_or_path tiny/base     # your own folders, instead
     python -m tools.doctor --model_name_or_path llava-v1.5-7b --vg_path VG --coco_path coco
 
 Prints versions, GPUs, memory and disk, the line of docs/memory.md that this machine has, and what
 is wrong with the folders that you name, by the flags that the programs have. The exit code is 1 if
 something has to be mended. It looks only at names and sizes; the programs look into the files.
 """
-import argparse
 import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+
+from support.command_line import Parser
 
 # GiB of a card that its row of docs/memory.md needs: (with one card, with 2 or more), by what is
 # trained: stages 1 and 2, HA-DPO's LoRA, projector and LLaMA.
@@ -205,8 +207,7 @@ def what_next(args, faults, cards):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     prog="python -m tools.doctor")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model_name_or_path", help="the base")
     add("--vision_tower", help="CLIP")
@@ -215,7 +216,7 @@ def main():
     add("--pope_data_path", help="HA-DPO's pope_data.json")
     add("--preference_data", nargs="+", help="other pairs")
     add("--data_path", help="LLaVA's conversations")
-    add("--image_folder", help="the images of either")
+    add("--image_folder", help="the images of --preference_data or --data_path")
     add("--coco_path", help="the folder that holds COCO's val2014")
     add("--pope_path", nargs="+", help="POPE's folder or question files")
     args = parser.parse_args()

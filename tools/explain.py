@@ -11,7 +11,6 @@ nor out/, a small world with a random model is made in a temporary folder. It ta
 shows the same shapes and formulas, but that model has learnt nothing. docs/architecture.py draws
 the same path.
 """
-import argparse
 import itertools
 import math
 import os
@@ -39,6 +38,7 @@ from dpo import CHOSEN, REJECTED, Objective, mean_nll, preference_loss, sequence
 from llama import LlamaModel, branch_mask
 from model import Head, Trunk, answer_states, set_trained
 from post_decoder import Block, BlockAttention, PostInteractionBlock
+from support.command_line import Parser
 from support.common import InputError, Number, run_program
 from tiny.prepare import shipped_base
 from tools.explain_load import load, random_model
@@ -286,12 +286,11 @@ def show_gradient(passage):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     prog="python -m tools.explain")
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT",
                         help="trained checkpoint or base; default: the tiny world's base")
     parser.add_argument("--pair", type=Number("--pair", int, low=0), default=0,
-                        help="which of the pairs that the base answered wrong; default 0")
+                        help="which of the pairs that the base answered wrong")
     args = parser.parse_args()
     path = args.checkpoint
     there = os.path.isfile("out/world/hadpo/pope_data.json")

@@ -1,7 +1,7 @@
 """Write a checkpoint as other programs load it: transformers, vLLM, SGLang, LLaVA, peft.
 
-    python -m tools.export out/lora whole --format llava-hf     # transformers, vLLM, SGLang
-    python -m tools.export out/lora whole --format llava        # LLaVA's own code, and this one
+    python -m tools.export tiny/base whole                      # transformers, vLLM, SGLang
+    python -m tools.export tiny/base other --format llava       # LLaVA's own code, and this one
     python -m tools.export out/lora adapter --format peft       # LoRA alone, on the llava-hf base
     python -m tools.export out/lora whole --push me/my-llava    # and upload it, private at first
 
@@ -15,7 +15,6 @@ zeros.
 
 A post-interaction block is refused, and so is VoCo-LLaMA: no public server can run them.
 """
-import argparse
 import os
 import shutil
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from checkpoints.save import preprocessor_config, save_base
 from clip_vit import TOWER, CLIPVisionTower
 from data import BOS, EOS, IMAGE, SYSTEM
 from llama import LINEARS
+from support.command_line import Parser
 from support.common import InputError, read_json, run_program, write_json
 from support.folders import check_can_write
 from support.outputs import check_output_folder
@@ -254,15 +254,16 @@ def push(name, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     prog="python -m tools.export")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="trained checkpoint, LoRA adapter, or a base")
     add("output", metavar="OUT", help="folder to write; must not exist yet")
-    add("--format", choices=FORMATS, default="llava-hf")
+    add("--format", choices=FORMATS, default="llava-hf",
+        help="transformers' layout, LLaVA's own, or LoRA alone for peft")
     add("--model_name_or_path", help="the base, where CKPT does not name it")
     add("--vision_tower", help="CLIP's folder, where base and CKPT name none that is there")
-    add("--push", metavar="NAME", help="upload OUT to OWNER/NAME on the Hugging Face hub")
+    add("--push", metavar="NAME", help="upload OUT to OWNER/NAME on the Hugging Face hub; default: "
+        "nothing is uploaded")
     args = parser.parse_args()
     if os.path.lexists(args.output):
         raise InputError(f"{args.output}: exists already; name a new folder")

@@ -1,13 +1,12 @@
 """Write a checkpoint and its base as one whole model, in LLaVA's layout.
 
-    python -m tools.merge out/stage2 whole
-    python -m tools.merge out/base half --dtype fp16            # half the bytes of fp32
+    python -m tools.merge tiny/base half --dtype fp16           # half the bytes of fp32
+    python -m tools.merge out/stage2 whole                      # what train.py has made
     python -m tools.merge non_lora_trainables.bin whole --model_name_or_path llava-v1.5-7b
 
 The result is a base: train.py, eval_pope.py and the tools take it as one. The arguments of the
 training notes' replace_bin.py are understood too (training/originals.py).
 """
-import argparse
 import os
 import sys
 
@@ -16,6 +15,7 @@ import torch
 
 from checkpoints.load import Source, base_of, checkpoint_type, load_whole
 from checkpoints.save import save_base
+from support.command_line import Parser
 from support.common import InputError, run_program
 from support.outputs import check_output_folder
 from training.originals import merge_arguments
@@ -24,15 +24,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     prog="python -m tools.merge")
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CKPT",
                         help="trained checkpoint, LoRA adapter, or a base in any layout")
     parser.add_argument("output", metavar="OUT", help="folder to write; must not exist yet")
     parser.add_argument("--model_name_or_path", help="the base, where CKPT does not name it")
     parser.add_argument("--vision_tower",
                         help="CLIP's folder, where base and CKPT name none that is there")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the files")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as in the files")
     args = parser.parse_args(merge_arguments(sys.argv[1:]))
     if os.path.lexists(args.output):
         raise InputError(f"{args.output}: exists already; name a new folder")

@@ -1,7 +1,7 @@
 """Make preference pairs from what a model itself says about images.
 
     python -m tools.mine tiny/base --output desc_data.json          # the tiny world needs no more
-    python -m tools.mine out/stage1 --output second.json            # a second round
+    python -m tools.mine out/stage2 --output second.json            # a second round
     python -m tools.mine CKPT --images COCO/train2014 --annotations COCO/annotations \\
         --output mined.json                                         # COCO, or a detector's list
     torchrun --nproc_per_node 8 -m tools.mine CKPT …                # images split over processes
@@ -38,6 +38,7 @@ from data import DESCRIBE, EOS
 from evals.chair import choose_images
 from evals.objects import annotation_files, read_annotations, read_words
 from evals.sampling import Conversation, Sampling, next_token
+from support.command_line import Parser
 from support.common import (
     InputError,
     Number,
@@ -269,8 +270,7 @@ def who(model, args):
 
 
 def parser():
-    parser = argparse.ArgumentParser(prog="python -m tools.mine",
-                                     description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     add, usual = parser.add_argument, Drawing()
     add("checkpoint", metavar="CKPT", help="a base, a trained checkpoint or a LoRA adapter")
     add("--output", required=True, metavar="JSON", help="the file of pairs; must not exist yet")
@@ -281,24 +281,24 @@ def parser():
         "tiny world beside CKPT knows")
     add("--synonyms", help="classes and their synonyms; default: our list of COCO's 80 classes")
     add("--num_images", type=Number("--num_images", int, above=0),
-        help=f"so many images; default {IMAGES:,}, in the tiny world all")
+        help=f"so many images; default: {IMAGES:,}, in the tiny world all")
     add("--samples", type=Number("--samples", int, above=0), default=usual.samples,
-        help="draws for each sentence; default %(default)s")
-    add("--temperature", type=float, default=usual.temperature,
-        help="of the draws; default %(default)s")
-    add("--top_p", type=float, default=usual.top_p,
-        help="draw among the likeliest, as many as have this probability; default %(default)s")
+        help="draws for each sentence")
+    add("--temperature", type=Number("--temperature", float), default=usual.temperature,
+        help="of the draws")
+    add("--top_p", type=Number("--top_p", float), default=usual.top_p,
+        help="draw among the likeliest, as many as have this probability")
     add("--max_sentences", type=Number("--max_sentences", int, above=0),
-        default=usual.max_sentences, help="of a description; default %(default)s")
+        default=usual.max_sentences, help="of a description")
     add("--max_new_tokens", type=Number("--max_new_tokens", int, above=0),
-        default=usual.max_new_tokens, help="of a sentence; default %(default)s")
-    add("--ends", default=usual.ends, help="characters that end a sentence; default %(default)s")
-    add("--prompt", help="what is asked; default: one of HA-DPO's four prompts")
+        default=usual.max_new_tokens, help="of a sentence")
+    add("--ends", metavar="TEXT", default=usual.ends, help="characters that end a sentence")
+    add("--prompt", metavar="TEXT", help="what is asked; default: one of HA-DPO's four prompts")
     add("--seed", type=Number("--seed", int, low=0), default=usual.seed, help="of all draws")
     add("--model_name_or_path", help="the base, where it is not the one that CKPT names")
     add("--vision_tower", help="CLIP's folder, where base or CKPT name another")
     add("--bf16", action=argparse.BooleanOptionalAction,
-        help="else fp32; default: bf16 on a GPU, fp32 on a CPU")
+        help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     return parser
 
 

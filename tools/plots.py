@@ -1,7 +1,7 @@
 """Runs and sweeps at a glance, as SVG.
 
-    python -m tools.plots out/stage1/metrics.jsonl out/stage2/metrics.jsonl --output training.svg
-    python -m tools.plots out/stage1-*/pope/metrics.json --output sweep.svg    # POPE over the rates
+    python -m tools.plots out/*/metrics.jsonl --output training.svg       # the steps of all runs
+    python -m tools.plots out/*/pope/metrics.json --output sweep.svg      # POPE over the rates
 
 A `metrics.jsonl` is what train.py writes, one line per optimizer step (training/picture.py draws
 it). A `metrics.json` is what eval_pope.py writes; the variant and the learning rate of each model
@@ -10,7 +10,6 @@ goes through the mean of the runs with the same variant and learning rate (they 
 A dot has a ring where the yes-ratio is more than 10 points away from the labels': such a model has
 learnt to give one answer, which a high learning rate does.
 """
-import argparse
 import math
 import os
 
@@ -20,6 +19,7 @@ import numpy as np
 from eval_pope import LEANS, labelled_yes, leans
 from post_decoder import VARIANTS, BlockConfig
 from support.charts import COLOURS, Axis, Line, panel, sheet, span
+from support.command_line import Parser
 from support.common import InputError, field, read_json, run_program
 from support.outputs import check_output_file, write_text
 from training.picture import draw_training
@@ -109,8 +109,7 @@ def draw_sweep(paths):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     prog="python -m tools.plots")
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE",
                         help="metrics.jsonl of runs, or metrics.json of evaluations")
     parser.add_argument("--output", required=True, metavar="SVG", help="the file to write")

@@ -1,6 +1,7 @@
 """One page about an evaluation: tables, charts, and a gallery with the attention of the block.
 
-    python -m tools.report CKPT… --output report.html     # then open it; it needs no network
+    python -m tools.report tiny/base --output report.html     # then open it; it needs no network
+    python -m tools.report out/stage2 --output report.html    # what train.py has made
     python -m tools.report CKPT… --descriptions CKPT/chair --output report.html
 
 It asks what eval_pope.py asks and takes the same flags. The page shows
@@ -234,8 +235,7 @@ def summary(records, models, attention, protocol):
 
 
 def main():
-    parser = flags(__doc__.split("\n\n")[0])
-    parser.prog = "python -m tools.report"
+    parser = flags(__doc__)
     parser.add_argument("--output", required=True, metavar="HTML", help="the page to write")
     parser.add_argument("--descriptions", metavar="FOLDER",
                         help="a folder of evals/chair.py, to show its texts too")

@@ -16,24 +16,21 @@ from checkpoints.hub import pinned
 from checkpoints.load import is_trained
 from checkpoints.save import check_output_folder
 from model import GROUPS, STAGES, TRUNK
+from support.command_line import Parser
 from support.common import InputError, Number
 from support.loading import spare_cores
 from training.blocks import BLOCKS, resolve_block
 from training.monitors import REPORTS
 from training.originals import train_arguments
 from training.picture import read_run
+from training.recipes import fill_in_defaults
 from training.sources import look_at_the_data
 
-# Defaults with a real model: LLaVA's for supervised training of the trunk (0), the training notes'
-# for the head (1, 2), HA-DPO's for DPO of the trunk.
-REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=[5e-7], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
-REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
-# Of the tiny world, chosen on validation images.
-TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
-        1: dict(learning_rate=[2e-3], num_train_epochs=5, sft_weight=10.0, warmup_ratio=0.0)}
-TINY |= {2: TINY[1], "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1,
-                                              sft_weight=1.0)}
+HELP = """Train LLaVA-1.5 against hallucination: one run or a sweep.
+
+    deepspeed train.py --stage 2  # the tiny world: no files needed, minutes on a CPU
+    deepspeed train.py --block full,no_cross_attn --learning_rate 1e-3 2e-3  # a sweep
+"""
 # The tiny world's own folders, beside --output_dir. Its base follows from SIZES; RUNNING does not
 # change a result.
 TINY_FOLDERS = ("world", "untrained", "base", "features")
@@ -80,10 +77,7 @@ def object_of(flag):
 
 
 def declare_flags():
-    parser = argparse.ArgumentParser(
-        description="Train LLaVA-1.5 against hallucination: one run or a sweep.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    boolean = argparse.BooleanOptionalAction
+    parser, boolean = Parser(HELP), argparse.BooleanOptionalAction
 
     def whole(flag, **bounds):
         return Number(flag, int, **bounds)
@@ -93,17 +87,21 @@ def declare_flags():
 
     group = parser.add_argument_group("what is trained")
     group.add_argument("--stage", type=int, choices=STAGES,
-                       help="0 supervised base, 1 block, 2 block and lm_head; default 2")
-    group.add_argument("--tune", type=names_of(*GROUPS),
-                       help=f"instead of a stage: groups out of {','.join(GROUPS)}")
-    group.add_argument("--block", type=names_of("head", *BLOCKS),
-                       help="the block's variant, or several (a,b,c), a run each; head = no block; "
-                            "default: full where post_decoder is tuned")
-    group.add_argument("--block_intermediate_size", metavar="WIDTH",
+                       help="0: the supervised base; 1: the block; 2: block and lm_head; "
+                            "default: 2")
+    group.add_argument("--tune", type=names_of(*GROUPS), metavar="NAME,…",
+                       help=f"instead of a stage: groups out of {', '.join(GROUPS)}")
+    group.add_argument("--block", type=names_of("head", *BLOCKS), metavar="NAME,…",
+                       help=f"the block's variant, or several, a run each: {', '.join(BLOCKS)}; "
+                            "or head, which is no block; default: full where post_decoder is "
+                            "trained")
+    group.add_argument("--block_intermediate_size",
                        type=whole("--block_intermediate_size", above=0),
                        help="inner width of a new block's layers; default: LLaMA's")
-    group.add_argument("--init", help="trained checkpoint to start from, or identity; default for "
-                                      "stage 2: stage1 beside --output_dir, if there is one")
+    group.add_argument("--init", help="trained checkpoint to start from, or the word identity: the "
+                                      "base and a block that changes nothing; default: stage1 "
+                                      "beside --output_dir for stage 2, if it is there; else "
+                                      "identity")
     group.add_argument("--loss", choices=["sft", "dpo", "ipo", "hinge"],
                        help="default: sft for stage 0, else dpo")
     group.add_argument("--beta", type=number("--beta", above=0), default=0.1,
@@ -114,36 +112,46 @@ def declare_flags():
                        help="log-probabilities of an answer are divided by its number of tokens; "
                             "--beta then wants to be about that much larger")
     group.add_argument("--sft_weight", type=number("--sft_weight", low=0),
-                       help="weight of the chosen answer's mean NLL beside a preference loss")
+                       help="weight of the chosen answer's mean NLL beside a preference loss; "
+                            "default: 0, in the tiny world 10, with LoRA there 1")
     group.add_argument("--lora_r", type=whole("--lora_r", above=0),
-                       help="rank; without --tune: HA-DPO, that is --tune lora; default 128")
-    group.add_argument("--lora_alpha", type=number("--lora_alpha", above=0), default=256)
+                       help="LoRA's rank; without --tune this means --tune lora; default: 128")
+    group.add_argument("--lora_alpha", type=number("--lora_alpha", above=0), default=256,
+                       help="LoRA's update is scaled by alpha / rank")
     group.add_argument("--lora_dropout", type=number("--lora_dropout", low=0, below=1),
-                       default=0.05)
+                       default=0.05, help="dropout in front of LoRA's update")
 
     group = parser.add_argument_group("model and data (none of these: the tiny world)")
-    group.add_argument("--model_name_or_path", help="base model, a folder in LLaVA's layout")
+    group.add_argument("--model_name_or_path", help="base model: a folder in LLaVA's layout, or "
+                                                    "its name on the Hugging Face hub")
     group.add_argument("--vision_tower",
                        help="CLIP's folder, if config.json's mm_vision_tower is no local path")
     group.add_argument("--vg_path", help="Visual Genome: image_data.json, VG_100K, VG_100K_2")
     group.add_argument("--desc_data_path", help="HA-DPO's desc_data.json (the tiny world: other "
                                                 "pairs than its own, python -m tiny.prepare)")
     group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
-    group.add_argument("--preference_data", nargs="+", metavar="FILE",
+    group.add_argument("--preference_data", nargs="+",
                        help="in place of HA-DPO's three: pairs in RLHF-V's, TRL's, LLaMA-Factory's "
                             "or ms-swift's form, in JSON or parquet")
     group.add_argument("--keep_correct", action=boolean,
-                       help="use also POPE rows that the base answered right")
-    group.add_argument("--data_path", help="LLaVA conversation JSON (--loss sft; without it the "
-                                           "chosen answers of HA-DPO's files are learnt)")
-    group.add_argument("--image_folder", default="", help="the images of either")
+                       help="use also POPE rows that the base answered right; default: only in the "
+                            "tiny world")
+    group.add_argument("--data_path", help="LLaVA's conversations, JSON (--loss sft; without it "
+                                           "the chosen answers of HA-DPO's files are learnt)")
+    group.add_argument("--image_folder", default="",
+                       help="the images of --preference_data or --data_path")
     group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs "
-                                                "read neither weights nor images")
+                                                "read neither weights nor images; default: "
+                                                "features beside --output_dir for a sweep and in "
+                                                "the tiny world; else none is kept")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=number("--learning_rate", above=0), nargs="+",
-                       help="several: a run each")
-    group.add_argument("--num_train_epochs", type=number("--num_train_epochs", above=0))
+                       help="several: a run each; default: 5e-7, LoRA 2e-6, stage 0 2e-5; in the "
+                            "tiny world 2e-3, 1e-3, 3e-3")
+    group.add_argument("--num_train_epochs", type=number("--num_train_epochs", above=0),
+                       help="how often each row is seen; default: 1; in the tiny world 5, LoRA 1, "
+                            "stage 0 2")
     group.add_argument("--max_steps", type=whole("--max_steps", above=0),
                        help="optimizer steps, instead of epochs")
     group.add_argument("--per_device_train_batch_size",
@@ -154,46 +162,53 @@ def declare_flags():
                        type=whole("--gradient_accumulation_steps", above=0),
                        help="default: follows from the global batch")
     group.add_argument("--warmup_ratio", type=number("--warmup_ratio", low=0, high=1),
-                       help="share of the steps in which the learning rate rises")
+                       help="share of the steps in which the learning rate rises; default: 0, for "
+                            "stage 0 0.03")
     group.add_argument("--weight_decay", type=number("--weight_decay", low=0), default=0.0,
                        help="of all trained tensors but norms and biases")
-    group.add_argument("--seed", type=whole("--seed", low=0, high=2 ** 63 - 1), default=42)
+    group.add_argument("--seed", type=whole("--seed", low=0, high=2 ** 63 - 1), default=42,
+                       help="of the order of the rows, of new weights, of the tiny world")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir",
-                       help="default: out/stageN; the tiny world's own base: out/base")
-    group.add_argument("--bf16", action=boolean, help="else fp32; default: what the DeepSpeed file "
-                                                      "says, or bf16 on a GPU and fp32 on a CPU")
+                       help="folder for what is trained; default: out/stageN, or out/ and the "
+                            "names of --tune; the tiny world's own base: out/base")
+    group.add_argument("--bf16", action=boolean, help="bf16, or fp32; default: what the DeepSpeed "
+                                                      "file says, or bf16 on a GPU and fp32 on a "
+                                                      "CPU")
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, batch 128")
     group.add_argument("--offload", action="store_true",
                        help="ZeRO 1 to 3: the optimizer's state and step on the CPU")
     group.add_argument("--gradient_checkpointing", action="store_true",
                        help="where the trunk is trained: less memory, a third slower")
     group.add_argument("--save_steps", type=whole("--save_steps", above=0),
-                       help="optimizer steps between saved states, which --resume goes on from")
+                       help="optimizer steps between saved states, which --resume goes on from; "
+                            "default: no states are saved")
     group.add_argument("--resume", action="store_true",
                        help="go on from the last saved state in OUTPUT_DIR.run")
-    group.add_argument("--logging_steps", type=whole("--logging_steps", above=0), default=1)
+    group.add_argument("--logging_steps", type=whole("--logging_steps", above=0), default=1,
+                       help="optimizer steps between lines of metrics.jsonl")
     group.add_argument("--report_to", nargs="+", choices=["none", *REPORTS],
                        help="also write the steps' numbers there; default: as the DeepSpeed file "
                             "says")
-    group.add_argument("--run_name", help="of the run in --report_to's; default: the output "
-                                          "folder's name")
+    group.add_argument("--run_name", metavar="NAME", help="of the run in --report_to's; default: "
+                                                          "the output folder's name")
     group.add_argument("--plot", nargs="+", default=[], metavar="METRICS",
                        help="metrics.jsonl of other runs, drawn with this one's in "
                             "OUTPUT_DIR/training.svg")
     group.add_argument("--dataloader_num_workers", type=whole("--dataloader_num_workers", low=0),
-                       default=spare_cores(), help="processes that prepare batches")
-    # The launcher's
+                       default=spare_cores(),
+                       help="processes that prepare batches, on this machine")
+    group.add_argument("--tiny_projector", type=whole("--tiny_projector", above=0),
+                       help="inner width of the tiny base's projector: the narrower it is, the "
+                            "less LLaMA sees of what the tower sees; default: 8")
+    # The launcher's; and for tests: sizes of the tiny world, training of its tower, steps of its
+    # stage 0.
     group.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     for flag in ("--tiny_sizes", "--tiny_tower"):
-        group.add_argument(flag, type=object_of(flag), default={},
-                           help="JSON, for tests: sizes of the tiny world, training of its tower")
-    group.add_argument("--tiny_projector", type=whole("--tiny_projector", above=0),
-                       help="inner width of the tiny base's projector, default 8: the narrower it "
-                            "is, the less LLaMA sees of what the tower sees")
+        group.add_argument(flag, type=object_of(flag), default={}, help=argparse.SUPPRESS)
     group.add_argument("--tiny_base_steps", type=whole("--tiny_base_steps", above=0),
-                       help="for tests: steps of stage 0 in the tiny world")
+                       help=argparse.SUPPRESS)
     return parser
 
 
@@ -262,35 +277,6 @@ def look_at_the_disk(args):
         read_run(path)                              # a file that cannot be drawn is refused now
     if args.init != "identity" and not is_trained(args.init):
         raise InputError(f"--init {args.init}: is no trained checkpoint of ours")
-
-
-# ---- Defaults ------------------------------------------------------------------------------------
-
-
-def fill_in_defaults(args):
-    """The recipe's numbers, and what follows from the others."""
-    tiny, trains_trunk = args.model_name_or_path is None, bool(TRUNK & set(args.tune))
-    if trains_trunk:
-        recipe = 0 if args.loss == "sft" else "trunk"
-    else:
-        recipe = args.stage or (2 if "lm_head" in args.tune else 1)
-    for name, value in (TINY if tiny else REAL)[recipe].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    # Tells a state that was saved when norms and biases were decayed too (training/engine.py).
-    args.undecayed = "norms and biases" if args.weight_decay else None
-    if args.keep_correct is None:
-        args.keep_correct = tiny
-    sweep = len(args.block) * len(args.learning_rate) > 1
-    if (tiny or sweep) and args.cache_features is None:
-        args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
-    args.default_batch, args.default_micro = 128, 4
-    if tiny and args.stage == 0:
-        args.default_batch, args.max_steps = 32, args.max_steps or args.tiny_base_steps
-    if tiny:
-        args.default_micro = 128
-    elif args.cache_features and not trains_trunk:
-        args.default_micro = 16
 
 
 def check_outputs(args):

@@ -7,6 +7,7 @@ sft takes conversations, or the chosen answers of HA-DPO's files.
 """
 import os
 
+from support.command_line import meant
 from support.common import InputError
 
 FILES = ("vision_tower", "vg_path", "desc_data_path", "pope_data_path", "preference_data",
@@ -44,7 +45,7 @@ def look_at_the_data(args, tiny):
             raise InputError(f"--{name} is missing: --loss {args.loss} needs {wanted}{or_else}")
         for path in paths if isinstance(paths, list) else [paths]:
             if not os.path.exists(path):
-                raise InputError(f"--{name} {path}: no such file or folder")
+                raise InputError(f"--{name} {path}: no such file or folder; {meant(path)}")
     if tiny and kinds and args.stage == 0:
         raise InputError(f"--{kinds[0]}: stage 0 of the tiny world learns its own conversations; "
                          "leave it out, or name another stage")

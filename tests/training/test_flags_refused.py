@@ -91,7 +91,8 @@ def test_numbers_of_the_other_programs(tmp_path, monkeypatch, program, typed, sa
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("parser", (declare_flags(), eval_pope.flags(""), tools.chat.flags()),
+@pytest.mark.parametrize("parser", (declare_flags(), eval_pope.flags(eval_pope.__doc__),
+                                    tools.chat.flags()),
                          ids=("train", "eval_pope", "chat"))
 def test_every_number_has_a_range(parser):
     """A flag that is added later must say which numbers it takes."""

@@ -307,7 +307,7 @@ def test_a_picture_in_a_row_is_checked(tmp_path):
     Image.new("RGB", (9, 9)).save(picture)
     cut = base64.b64encode(picture.read_bytes()[:40]).decode()
     file = write(tmp_path / "rows.json", [QUESTION | {"image": {"bytes": cut}}])
-    with pytest.raises(InputError, match=r"1 image missing or unreadable: .*row 0: is no"):
+    with pytest.raises(InputError, match=r"row 0: is no"):
         check_images(image_paths(read_preferences([file], "")))
 
 

@@ -1,0 +1,44 @@
+"""What train.py takes where a flag was not typed: the recipe's numbers.
+
+    fill_in_defaults(args)      # an argparse.Namespace, complete
+"""
+import os
+
+from model import TRUNK
+
+# Defaults with a real model: LLaVA's for supervised training of the trunk (0), the training notes'
+# for the head (1, 2), HA-DPO's for DPO of the trunk.
+REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),
+        1: dict(learning_rate=[5e-7], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
+REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
+# Of the tiny world, chosen on validation images.
+TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
+        1: dict(learning_rate=[2e-3], num_train_epochs=5, sft_weight=10.0, warmup_ratio=0.0)}
+TINY |= {2: TINY[1], "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1,
+                                              sft_weight=1.0)}
+
+
+def fill_in_defaults(args):
+    """The recipe's numbers, and what follows from the others."""
+    tiny, trains_trunk = args.model_name_or_path is None, bool(TRUNK & set(args.tune))
+    if trains_trunk:
+        recipe = 0 if args.loss == "sft" else "trunk"
+    else:
+        recipe = args.stage or (2 if "lm_head" in args.tune else 1)
+    for name, value in (TINY if tiny else REAL)[recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    # Tells a state that was saved when norms and biases were decayed too (training/engine.py).
+    args.undecayed = "norms and biases" if args.weight_decay else None
+    if args.keep_correct is None:
+        args.keep_correct = tiny
+    sweep = len(args.block) * len(args.learning_rate) > 1
+    if (tiny or sweep) and args.cache_features is None:
+        args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
+    args.default_batch, args.default_micro = 128, 4
+    if tiny and args.stage == 0:
+        args.default_batch, args.max_steps = 32, args.max_steps or args.tiny_base_steps
+    if tiny:
+        args.default_micro = 128
+    elif args.cache_features and not trains_trunk:
+        args.default_micro = 16
