@@ -43,7 +43,6 @@ from clip_vit import TOWER
 from data import Tokenizer
 from model import Head, Llava, LlavaConfig, Trunk
 from post_decoder import BlockConfig
-from support.command_line import meant
 from support.common import InputError, check_file, file_digest, read_json
 from support.tensors import LazyTensor, read_file, refuse_gguf
 
@@ -73,7 +72,7 @@ def checkpoint_type(path):
 def read_config(folder):
     folder = folder_of(folder)
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; {meant(folder)} (a name on the Hugging Face "
+        raise InputError(f"{folder}: no such folder; check the path (a name on the Hugging Face "
                          "hub is OWNER/NAME)")
     return read_json(os.path.join(folder, "config.json"), dict)
 
