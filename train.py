@@ -63,7 +63,7 @@ from training.engine import (
 from training.features import keep_features, load_trunk
 from training.flags import combinations, parse_flags
 from training.guards import Guards, warn_of_cut_rows
-from training.log import StepLog, announce, mean_of_all_ranks, say_what_next
+from training.log import StepLog, announce, gradient_norm, mean_of_all_ranks, say_what_next
 from training.lora import add_lora
 from training.monitors import of_run
 from training.picture import draw_training
@@ -77,6 +77,7 @@ from training.resume import (
     resume_command,
     save_state,
 )
+from training.voco import with_voco
 
 
 @dataclasses.dataclass
@@ -130,8 +131,9 @@ def train(args):
 
     # The base. Every process runs the tower in every step, so a batch without an image gets one.
     def load():
-        return load_base(args.model_name_or_path, args.vision_tower, dtype, device,
+        base = load_base(args.model_name_or_path, args.vision_tower, dtype, device,
                          read_trunk=False)
+        return with_voco(base, args.voco) if args.voco else base
 
     model = load()
     dataset = PackedDataset(examples, model.row_format(), always_image=True)
@@ -286,12 +288,6 @@ def answer_tokens_per_micro_batch(batch_group):
     answer_tokens = sum((batch.target != IGNORE).sum() for _, batch in batch_group)
     dist.all_reduce(answer_tokens)
     return answer_tokens / (len(batch_group) * dist.get_world_size())
-
-
-def gradient_norm(trained):
-    """Norm of the gradients that are whole on this process; of others only the engine knows it."""
-    gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
 
 
 # ---- What is saved -------------------------------------------------------------------------------

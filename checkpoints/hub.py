@@ -24,7 +24,8 @@ NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w][\w./-]*)?")
 CONFIGS = "config.json", "adapter_config.json"
 # Of a repository, what is read here beside the weights.
 READ = (*CONFIGS, "README.md", "preprocessor_config.json", "processor_config.json",
-        "tokenizer.model", "mm_projector.bin", SEED_FILE, TRAINED_FILE, "vision_tower/config.json",
+        "tokenizer.model", "added_tokens.json", "mm_projector.bin", SEED_FILE, TRAINED_FILE,
+        "vision_tower/config.json",
         "vision_tower/preprocessor_config.json", "vision_tower/model.safetensors")
 # Weights, the first kind that there is: as layouts.py reads them. Then an adapter's.
 WEIGHTS = (("model.safetensors.index.json", "model-*-of-*.safetensors"), ("model.safetensors",),

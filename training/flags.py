@@ -104,6 +104,8 @@ def declare_flags():
                                       "identity")
     group.add_argument("--loss", choices=["sft", "dpo", "ipo", "hinge"],
                        help="default: sft for stage 0, else dpo")
+    group.add_argument("--voco", type=whole("--voco", above=0), metavar="N",
+                       help="stage 0: learn to compress an image into N tokens (VoCo-LLaMA)")
     group.add_argument("--beta", type=number("--beta", above=0), default=0.1,
                        help="of dpo, ipo and hinge")
     group.add_argument("--label_smoothing", type=number("--label_smoothing", low=0, below=0.5),
@@ -240,6 +242,9 @@ def resolve_flags(args):
            f"--label_smoothing {args.label_smoothing:g}: belongs to --loss dpo; leave it out")
     refuse(args.length_normalised and args.loss == "sft",
            "--length_normalised: belongs to a preference loss; leave it out")
+    refuse(args.voco and (args.loss != "sft" or "llama" not in args.tune),
+           f"--voco {args.voco}: a new token is learnt with LLaMA, from conversations; say --stage "
+           "0 with it, or leave it out where the base has it already")
     name = "-".join(args.tune) if args.stage is None else f"stage{args.stage}"
     name = "base" if tiny_base else name
     args.output_dir = (args.output_dir or f"out/{name}").rstrip("/")

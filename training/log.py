@@ -88,6 +88,12 @@ def say_what_next(output_dir, folders):
     say(f"done; look at it with: {shlex.join([*program, *folders])}{files}")
 
 
+def gradient_norm(trained):
+    """Norm of the gradients that are whole on this process; of others only the engine knows it."""
+    gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
 def mean_of_all_ranks(seen):
     """[(ids, {name: scalar})] of this rank's micro batches → {name: mean over everybody's}."""
     names = list(seen[0][1])

@@ -10,19 +10,20 @@ from model import TRUNK
 # for the head (1, 2), HA-DPO's for DPO of the trunk.
 REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.03),
         1: dict(learning_rate=[5e-7], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
-REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6])}
+REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6]),
+         "voco": REAL[0] | dict(num_train_epochs=2)}
 # Of the tiny world, chosen on validation images.
 TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
         1: dict(learning_rate=[2e-3], num_train_epochs=5, sft_weight=10.0, warmup_ratio=0.0)}
-TINY |= {2: TINY[1], "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1,
-                                              sft_weight=1.0)}
+TINY |= {2: TINY[1], "voco": TINY[0],
+         "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1, sft_weight=1.0)}
 
 
 def fill_in_defaults(args):
     """The recipe's numbers, and what follows from the others."""
     tiny, trains_trunk = args.model_name_or_path is None, bool(TRUNK & set(args.tune))
     if trains_trunk:
-        recipe = 0 if args.loss == "sft" else "trunk"
+        recipe = "trunk" if args.loss != "sft" else "voco" if args.voco else 0
     else:
         recipe = args.stage or (2 if "lm_head" in args.tune else 1)
     for name, value in (TINY if tiny else REAL)[recipe].items():
