@@ -6,6 +6,7 @@
     python eval_pope.py out/*/                            # a sweep, and whatever lies beside it
     python eval_pope.py CKPT --coco_path COCO --pope_path POPE/output/coco --protocol llava
     python eval_pope.py CKPT --image_folder GQA/images --pope_path gqa_pope_seem_*.json
+    python eval_pope.py out/voco2 --compressed out/compressed     # VoCo-LLaMA: see images only once
     torchrun --nproc_per_node 2 eval_pope.py out/stage2   # images split over processes, same table
 
 All questions about an image stand in one packed row behind one prefix, and their greedy answers
@@ -41,6 +42,7 @@ from checkpoints.load import (
 )
 from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
 from model import Llava, answer
+from support.calibration import calibration
 from support.command_line import Parser
 from support.common import InputError, Number, device_and_dtype, file_digest, run_program, say
 from support.folders import check_can_write
@@ -56,6 +58,7 @@ from support.outputs import (
 from support.processes import end_processes, place, start_processes
 from support.questions import SPLITS, find_images, question_files, read_pope, split_name
 from tiny.prepare import world_beside
+from training.compressed import without_images
 from training.guards import long_rows
 from training.originals import pope_arguments
 
@@ -168,26 +171,6 @@ def score(questions, answers, split="questions"):
             "tp": tp, "fp": fp, "tn": tn, "fn": fn}
 
 
-def calibration(questions, yes_scores):
-    """AUC of the yes-scores, and the accuracy of the threshold that is best on these very
-    questions.
-    """
-    x = np.array([yes_scores[q["image"], q["text"]] for q in questions])
-    label = np.array([q["label"] == "yes" for q in questions])
-    order = np.argsort(x, kind="stable")
-    _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]                # ties share their mean rank
-    positive, negative = label.sum(), (~label).sum()
-    rank_sum = rank[label].sum() - positive * (positive + 1) / 2
-    auc = rank_sum / max(1, positive * negative)                        # Mann-Whitney
-    # Threshold behind the k smallest: those said no, the others yes. Only between different scores.
-    right_no = np.concatenate(([0], np.cumsum(~label[order])))
-    right_yes = positive - np.concatenate(([0], np.cumsum(label[order])))
-    possible = np.concatenate(([True], np.diff(x[order]) > 0, [True]))
-    best = (right_no + right_yes)[possible].max()
-    return {"auc": 100 * float(auc), "best_threshold": 100 * float(best) / len(label)}
-
-
 def measure(questions, said, split):
     """All columns of a split. `said`: {(image, question): (answer, yes-score)}; no AUC without
     scores.
@@ -255,6 +238,8 @@ def evaluate(args):
     image_folder = find_images(args.image_folder, args.coco_path, world)
     output = args.output_dir or os.path.join(beside, "pope")
     check_output_folder(output, "--output_dir")
+    if args.compressed:
+        check_output_folder(args.compressed, "--compressed")
     # Every distinct question is asked once; the splits share many.
     pairs = [(q["image"], q["text"]) for rows in questions.values() for q in rows]
     distinct = list(dict.fromkeys(pairs))
@@ -273,6 +258,8 @@ def evaluate(args):
     limit = min(limit, model.config.text.max_position_embeddings)
     prompts = open_prompts(model, distinct, image_folder, args.protocol)
     long_rows(prompts[1])               # refuses a question that does not fit, before any is asked
+    if args.compressed:
+        prompts = prompts[0], without_images(args.compressed, prompts[1], model)
     asked = identity(model, args.checkpoints, prompts, PROTOCOLS[args.protocol], limit)
     journal = Journal(output, asked, rank)
     with journal.kept_on_interrupt(len(images), "images"):
@@ -329,6 +316,8 @@ def flags(doc):
         help="an answer's length at most; default: the protocol's, 512 or 128")
     add("--batch_size", type=Number("--batch_size", int, above=0),
         help="images at once; default: what fits")
+    add("--compressed", metavar="FOLDER", help="of a base with <voco> tokens: compress each image "
+        "once and keep it there; then ask without it")
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     add("--output_dir", help="for answers and numbers; default: CKPT/pope of the first checkpoint; "

@@ -35,6 +35,7 @@ from support.common import (
 from support.images import check_images
 from support.outputs import Journal, check_output_folder, write_value
 from support.questions import read_list
+from training.compressed import without_images
 from training.guards import long_rows
 
 SYSTEMS = {"llava": SYSTEM, "hadpo": SYSTEM_HADPO_EVAL}
@@ -80,6 +81,8 @@ def flags(parser, usual):
         default=usual.max_new_tokens, help="a description's length at most")
     add("--batch_size", type=Number("--batch_size", int, above=0),
         help="images at once, where it is greedy; default: what fits")
+    add("--compressed", metavar="FOLDER", help="of a base with <voco> tokens: compress each image "
+        "once and keep it there; then ask without it")
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     add("--score", nargs="+", metavar="FILE", help="texts that exist already: no model is loaded")
@@ -91,6 +94,11 @@ def describe(args, images, folder, output):
     None but on rank 0. `args`: what `flags` declares. What is being said is kept in `output`.
     """
     check_output_folder(output, "--output_dir")
+    if args.compressed:
+        check_output_folder(args.compressed, "--compressed")
+    if args.compressed and args.num_beams > 1:
+        raise InputError(f"--compressed {args.compressed}: a beam search (--num_beams "
+                         f"{args.num_beams}) asks with the image; leave one of them out")
     check_images([os.path.join(folder, image) for image in images])
     rank = int(os.environ.get("RANK", 0))
     device, dtype = device_and_dtype(args.bf16)
@@ -105,6 +113,8 @@ def describe(args, images, folder, output):
     examples = [Example(os.path.join(folder, image), conversations) for image in images]
     dataset = PackedDataset(examples, model.row_format(SYSTEMS[asking.system_prompt]))
     long_rows(dataset)
+    if args.compressed:
+        dataset = without_images(args.compressed, dataset, model)
     prompts = {image: [asking.prompt] for image in images}, dataset
     protocol = Protocol(SYSTEMS[asking.system_prompt], "", limit)
     asked = identity(model, args.checkpoints, prompts, protocol, limit)
