@@ -1,4 +1,4 @@
-"""The CLIP vision tower, up to the layer whose patch features LLaVA reads.
+"""The CLIP vision tower, up to the layer whose patch features LLaVA reads, and the projector.
 
     tower = CLIPVisionTower(CLIPVisionConfig(), select_layer=-2)
     features = tower(pixel_values)                # (N, 3, 336, 336) normalised → (N, 576, 1024)
@@ -10,6 +10,7 @@ selected one (layer -2 of 24 means that 23 are built), the last norm, and the pr
 joint space.
 """
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,16 @@ class VisionModel(nn.Module):
         # The public files spell it so.
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.encoder = Encoder(config, num_layers)
+
+
+def projector(depth, width, inner, hidden_size):
+    """LLaVA's `mlpNx_gelu` of that depth, features → LLaMA's width; depth 0: its `linear`."""
+    if not depth:
+        return nn.Linear(width, hidden_size)
+    parts = []
+    for before, after in pairwise([width, *(depth - 1) * [inner], hidden_size]):
+        parts += [nn.GELU(), nn.Linear(before, after)]
+    return nn.Sequential(*parts[1:])
 
 
 class CLIPVisionTower(nn.Module):

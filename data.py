@@ -5,7 +5,8 @@
     examples = read_hadpo("desc_data.json", "pope_data.json", "VG")     # chosen and rejected
     batch = PackedDataset(examples, model.row_format())[[3, 7]]         # the Batch of two pairs
 
-Text follows LLaVA's `v1` template; image preprocessing is LLaVA's `pad` followed by CLIP's.
+Text follows LLaVA's templates (support/templates.py); image preprocessing is LLaVA's `pad` followed
+by CLIP's.
 
 Follows haotian-liu/LLaVA (arXiv 2310.03744) and opendatalab/HA-DPO (arXiv 2311.16839). Deliberately
 different: text never turns into control tokens, the image's place is expanded to its patches here
@@ -24,13 +25,11 @@ from llama import BEFORE_VOCO, PAD_BRANCH, VOCO
 from support.common import InputError, field, id_text
 from support.hadpo import read_hadpo_json, read_image_index
 from support.images import fit_thin, open_image
+from support.templates import V1, Template
 from support.tokenizer import BOS, EOS, PAD, Tokenizer
 
 IMAGE = "<image>"                         # LLaVA's mark of the image's place in a text
 IMAGE_ID, VOCO_ID, IGNORE = -200, -300, -100                # the first and the last are LLaVA's
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-SYSTEM_HADPO_EVAL = SYSTEM.replace("user", "human")     # HA-DPO trains with the one, asks with this
 DESCRIBE = ("Describe this image in detail.",           # HA-DPO's four prompts, in its order
             "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
@@ -90,25 +89,28 @@ def read_hadpo(desc_data_path, pope_data_path, vg_path, keep_correct=False, seed
 
 # ---- Text ----------------------------------------------------------------------------------------
 
-def encode_conversation(tokenizer, turns, system=SYSTEM, has_image=True, given=0, context=None):
-    """[(question, answer), ...] → ids, labels: lists of the same length, LLaVA's `v1` template.
+def encode_conversation(tokenizer, turns, template=V1, has_image=True, given=0, context=None):
+    """[(question, answer), ...] → ids, labels: lists of the same length.
 
     Labels are the ids of answers (not of the first `given`, nor of the last one's `context`) and
     `</s>`, IGNORE elsewhere. Each text around `<image>`, which is text itself where no image is,
     has its own leading space mark.
     """
-    ids, text, continues, labels = [BOS], system + " ", False, [IGNORE]
+    text = f"{template.system} " if template.system else ""
+    image = [*template.around_image[:1], IMAGE_ID, *template.around_image[1:]]
+    ids, continues, labels = [BOS], False, [IGNORE]
     for number, (question, answer) in enumerate(turns):
-        text += f"USER: {question} ASSISTANT:"
+        text += template.question.format(question)
         for n, chunk in enumerate(text.split(IMAGE) if has_image else [text]):
-            ids += ([IMAGE_ID] if n else []) + tokenizer.encode(chunk, continues)
+            ids += (image if n else []) + tokenizer.encode(chunk, continues)
             continues = False
         labels += [IGNORE] * (len(ids) - len(labels))
         if answer is not None:
             if not answer.strip():
                 raise InputError(f"the answer to {question!r} is empty; remove the row")
             is_part = context is not None and number == len(turns) - 1
-            said, begun = tokenizer.encode(answer), tokenizer.encode(context) if is_part else []
+            said = tokenizer.encode(answer if is_part else answer + template.closing)
+            begun = tokenizer.encode(context) if is_part else []
             ids += said if is_part else said + [EOS]
             labels += [IGNORE] * len(os.path.commonprefix((said, begun)))
             labels += ids[len(labels):] if number >= given else []
@@ -123,7 +125,7 @@ def encode_compressed(row_format, turns, given=0, context=None):
     tokenizer, newline = row_format.tokenizer, row_format.tokenizer.encode("\n")
     turns = [(question.replace(f"{IMAGE}\n", "").replace(IMAGE, ""), answer)
              for question, answer in turns]
-    ids, labels = encode_conversation(tokenizer, turns, row_format.system, False, given, context)
+    ids, labels = encode_conversation(tokenizer, turns, row_format.template, False, given, context)
     image = [BOS, IMAGE_ID, *newline, *[VOCO_ID] * row_format.num_voco, *newline]
     return image + ids[1:], [IGNORE] * len(image) + labels[1:]
 
@@ -297,7 +299,7 @@ class RowFormat:
     preprocess: ImageProcessor
     num_patches: int          # image tokens of a row
     max_length: int           # tokens of a row
-    system: str = SYSTEM
+    template: Template = V1
     num_voco: int = 0         # <voco> tokens that compress an image; 0: text sees the image itself
 
 
@@ -317,7 +319,7 @@ class PackedDataset(torch.utils.data.Dataset):
             if f.num_voco and has_image:
                 sequences = [encode_compressed(f, turns, *ends) for turns in example.conversations]
             else:
-                sequences = [encode_conversation(f.tokenizer, turns, f.system, has_image, *ends)
+                sequences = [encode_conversation(f.tokenizer, turns, f.template, has_image, *ends)
                              for turns in example.conversations]
             return pack(sequences, f.num_patches, f.max_length, example.image)
         except InputError as e:

@@ -40,7 +40,7 @@ from checkpoints.load import (
     trained_folders,
     weights_of,
 )
-from data import IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
+from data import IMAGE, Example, PackedDataset
 from model import Llava, answer
 from support.calibration import calibration
 from support.command_line import Parser
@@ -57,6 +57,7 @@ from support.outputs import (
 )
 from support.processes import end_processes, place, start_processes
 from support.questions import SPLITS, find_images, question_files, read_pope, split_name
+from support.templates import SYSTEM, SYSTEM_HADPO_EVAL
 from tiny.prepare import world_beside
 from training.compressed import without_images
 from training.guards import long_rows

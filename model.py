@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_vit import CLIPVisionConfig, CLIPVisionTower
-from data import EOS, IMAGE_ID, SYSTEM, VOCO_ID, Batch, ImageProcessor, RowFormat, Tokenizer
+from clip_vit import CLIPVisionConfig, CLIPVisionTower, projector
+from data import EOS, IMAGE_ID, VOCO_ID, Batch, ImageProcessor, RowFormat, Tokenizer
 from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask
 from post_decoder import BlockConfig, PostInteractionBlock
 from support.common import InputError, progress
 from support.graphs import RecordedStep
 from support.loading import batches_ahead, spare_cores
+from support.templates import SYSTEM, template_of
 
 GROUPS = ("clip", "projector", "llama", "post_decoder", "lm_head", "lora")    # what can be trained
 TRUNK = {"clip", "projector", "llama", "lora"}                                # in front of the head
@@ -39,13 +40,16 @@ STAGES = {0: ("projector", "llama", "lm_head"),                               # 
 
 @dataclass
 class LlavaConfig:
-    """LLaVA-1.5's sizes. `projector_hidden_size`: the projector's inner width, None = LLaMA's."""
+    """LLaVA-1.5's sizes, and what other versions have otherwise (checkpoints/versions.py)."""
     text: LlamaConfig = field(default_factory=LlamaConfig)
     vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     select_layer: int = -2
-    projector_hidden_size: int = None
+    projector_depth: int = 2          # of mlpNx_gelu; 0: one linear layer
+    projector_hidden_size: int = None       # its inner width; None: LLaMA's
     max_length: int = 2048            # tokens of a row, image patches included
     pad_images: bool = True
+    template: str = "v1"              # support/templates.py
+    image_start_end: bool = False     # <im_start> and <im_end>, the last two embeddings (LLaVA v1)
     num_voco: int = 0                 # VoCo-LLaMA's tokens an image; <voco> is the last embedding
 
     def block_config(self, **changes):
@@ -69,9 +73,8 @@ class Trunk(nn.Module):
         self.vision_tower = CLIPVisionTower(config.vision, config.select_layer)
         self.model = LlamaModel(config.text)
         inner = config.projector_hidden_size or config.text.hidden_size
-        self.model.mm_projector = nn.Sequential(
-            nn.Linear(config.vision.hidden_size, inner), nn.GELU(),
-            nn.Linear(inner, config.text.hidden_size))
+        widths = config.vision.hidden_size, inner, config.text.hidden_size
+        self.model.mm_projector = projector(config.projector_depth, *widths)
 
     def embed(self, batch):
         """Token embeddings with the projected patches in their places, and the tower's features."""
@@ -138,8 +141,12 @@ class Llava:
         return self.trunk.config
 
     def row_format(self, system=SYSTEM):
-        return RowFormat(self.tokenizer, self.preprocess, self.config.vision.num_patches,
-                         self.config.max_length, system, self.config.num_voco)
+        config, ids = self.config, ()
+        if config.image_start_end:
+            ids = config.text.vocab_size - 2, config.text.vocab_size - 1
+        template = template_of(config.template, system, ids)
+        return RowFormat(self.tokenizer, self.preprocess, config.vision.num_patches,
+                         config.max_length, template, config.num_voco)
 
 
 def set_trained(trunk, head, groups):

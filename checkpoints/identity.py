@@ -22,7 +22,7 @@ from support.common import InputError, file_digest
 # These only limit how long a row may be, so a checkpoint fits a base with another value.
 LENGTHS = ("max_position_embeddings", "max_length")
 # These are newer than some fingerprints, and count only where they are not this.
-NEWER = {"num_voco": 0}
+NEWER = {"num_voco": 0, "projector_depth": 2, "template": "v1", "image_start_end": False}
 
 
 # ---- A base --------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """Other people's files: all layouts of the public checkpoints, in our names.
 
     tensors = read_tensors("llava-1.5-7b-hf")                  # {our name: LazyTensor}
-    config = llava_config(read_json(".../config.json"), ".../config.json", vision)
+    config = llama_config(read_json(".../config.json"), ".../config.json")
 
 load.py puts the tensors into modules. Known here: LLaVA's own layout, Hugging Face's LLaVA and CLIP
 in all names that transformers has written over time, and the training notes'
-`non_lora_trainables.bin`. peft's adapters are in adapters.py, what only a vision tower has in
-towers.py, open_clip's names in openclip.py.
+`non_lora_trainables.bin`. What LLaVA's versions have each on its own is in versions.py, peft's
+adapters are in adapters.py, what only a vision tower has in towers.py, open_clip's names in
+openclip.py.
 
 A setting that our modules do not build is refused by its name: to ignore it would give wrong
 numbers without any error.
@@ -17,10 +18,8 @@ import math
 import os
 from dataclasses import fields
 
-from checkpoints.voco import num_voco
 from clip_vit import TOWER
 from llama import LlamaConfig
-from model import LlavaConfig
 from post_decoder import BlockConfig
 from support.common import InputError, read_json
 from support.tensors import read_file, refuse_gguf
@@ -126,11 +125,8 @@ def our_names(tensors):
 # The only value of a setting that our modules build.
 BUILT = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "mm_projector_type": "mlp2x_gelu", "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True, "mm_vision_select_feature": "patch",
-    "vision_feature_select_strategy": "default", "mm_use_im_start_end": False,
-    "mm_patch_merge_type": "flat"}
-RATIOS = "pad", "square"        # of image_aspect_ratio: padded to a square, or the middle cut out
+    "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+    "mm_vision_select_feature": "patch", "vision_feature_select_strategy": "default"}
 # How a message calls the types of settings.
 NAMES = {int: "a whole number above 0", float: "a number above 0", bool: "true or false",
          str: "a text", dict: "an object"}
@@ -223,41 +219,6 @@ def llama_config(values, path):
     refuse_uneven(vars(config), "num_attention_heads", "num_key_value_heads", path)
     refuse_others(values, {"head_dim": config.head_dim}, path)
     return config
-
-
-def llava_config(values, path, vision):
-    """LLaVA's flat config.json or Hugging Face's nested one → LlavaConfig.
-
-    `vision`: the tower's CLIPVisionConfig.
-    """
-    refuse_quantised(values, path)
-    # The activation is LLaMA's, so that llama_config checks it.
-    built = {name: only for name, only in BUILT.items() if name != "hidden_act"}
-    refuse_others(values, built, path)
-    nested = typed(values, "text_config", dict, path)
-    if nested is not None:                      # llava_next and others see pictures in pieces
-        refuse_others(values, {"model_type": "llava"}, path)
-    text = llama_config(values if nested is None else nested, path)
-    layer = values.get("vision_feature_layer", values.get("mm_vision_select_layer", -2))
-    layers = vision.num_hidden_layers
-    if type(layer) is not int or not -layers - 1 <= layer <= layers:
-        raise InputError(f"{path}: the tower's selected layer is {layer} and must be one of its "
-                         f"{layers}; name the tower that this model was trained with")
-    # Hugging Face's conversion loses image_aspect_ratio, which was "pad" in LLaVA-1.5's training.
-    ratio = values.get("image_aspect_ratio")
-    if ratio is None:
-        ratio = "square" if nested is None else "pad"
-    if ratio not in RATIOS:
-        raise InputError(f"{path}: image_aspect_ratio is {json.dumps(ratio)} and only "
-                         f"{' and '.join(RATIOS)} are built here (no pictures in several pieces); "
-                         "name a LLaVA-1.5 checkpoint")
-    max_length = typed(values, "tokenizer_model_max_length", int, path)
-    return LlavaConfig(
-        text, vision, select_layer=layer,
-        projector_hidden_size=typed(values, "mm_projector_hidden_size", int, path),
-        max_length=max_length or text.max_position_embeddings,
-        pad_images=ratio == "pad",
-        num_voco=num_voco(values, path))
 
 
 def block_config_of(values, path):

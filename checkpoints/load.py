@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from checkpoints import versions
 from checkpoints.adapters import read_adapter, with_tied_head
 from checkpoints.hub import CONFIGS, folder_of, is_name, pinned
 from checkpoints.identity import fingerprint, refuse_other_base
@@ -28,12 +29,10 @@ from checkpoints.layouts import (
     SEED_FILE,
     TRAINED_FILE,
     block_config_of,
-    llava_config,
     our_names,
     read_seed_file,
     read_tensors,
     refuse_made_up,
-    refuse_quantised,
     typed,
     weight_files,
 )
@@ -81,6 +80,7 @@ def read_config(folder):
 class BaseFiles:
     """A base of which only settings and headers were read."""
     folder: str
+    path: str                   # of the config.json that counts
     config: LlavaConfig
     block_config: BlockConfig
     tensors: dict               # {our name: LazyTensor}, the tower's among them
@@ -106,11 +106,8 @@ class BaseFiles:
         if os.path.exists(path):
             check_file(path)
         tokenizer = Tokenizer(path)
-        if len(tokenizer) + bool(config.num_voco) > config.text.vocab_size:
-            what = "pieces, <voco> beside them" if config.num_voco else "pieces"
-            raise InputError(f"{path}: has {len(tokenizer)} {what}, the model only "
-                             f"{config.text.vocab_size} embeddings; copy the tokenizer.model that "
-                             "belongs to this model")
+        versions.refuse_small_vocabulary(config, len(tokenizer), path)
+        versions.refuse_mixed_weights(config, self.tensors, self.path)
         preprocess = image_processor(tower.preprocessor, config, tower.source)
         layers = {"num_hidden_layers": config.text.num_hidden_layers,
                   "num_hidden_layers of the vision tower": config.vision.num_hidden_layers,
@@ -140,7 +137,7 @@ def read_base(folder, vision_tower=None, adapter=None):
     folder = folder_of(folder)
     path = os.path.join(folder, "config.json")
     values = read_config(folder)
-    refuse_quantised(values, path)
+    versions.refuse_other_models(values, path)
     tensors = read_tensors(folder)
     projector = os.path.join(folder, "mm_projector.bin")
     has_projector = any(key.startswith("model.mm_projector.") for key in tensors)
@@ -151,11 +148,11 @@ def read_base(folder, vision_tower=None, adapter=None):
 
     inside = {key: lazy for key, lazy in tensors.items() if key.startswith(TOWER)}
     tower = find_tower(folder, values, inside, vision_tower)
-    config = llava_config(values, path, tower.config)
+    config = versions.llava_config(values, path, tower.config)
     block_config = block_config_of(values.get("post_interaction_block"), path)
     text = values.get("text_config") or {}
     tied = bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    return BaseFiles(folder, config, block_config, tensors | tower.tensors, tower, tied)
+    return BaseFiles(folder, path, config, block_config, tensors | tower.tensors, tower, tied)
 
 
 def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None, read_trunk=True):

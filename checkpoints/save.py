@@ -13,6 +13,7 @@ from dataclasses import asdict
 from checkpoints.card import refuse_other_readme, write_card
 from checkpoints.hub import is_name
 from checkpoints.layouts import OURS, TRAINED_FILE
+from checkpoints.versions import version_settings
 from llama import LINEARS
 from support.common import InputError, read_json, say, write_json
 from support.folders import check_output, replace_folder
@@ -59,15 +60,11 @@ def save_base(folder, model, tensors=None, arguments=None, identity=None):
             tower[name.removeprefix("vision_tower.")] = tensor
         else:
             rest[name] = tensor
-    values = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"],
-              "written_by": OURS, **asdict(config.text), "mm_vision_tower": "vision_tower",
-              "mm_hidden_size": config.vision.hidden_size, "mm_projector_type": "mlp2x_gelu",
+    values = {"written_by": OURS, **asdict(config.text), "mm_vision_tower": "vision_tower",
+              "mm_hidden_size": config.vision.hidden_size, **version_settings(config),
               "mm_projector_hidden_size": config.projector_hidden_size,
               "mm_vision_select_layer": config.select_layer, "mm_vision_select_feature": "patch",
-              "image_aspect_ratio": "pad" if config.pad_images else "square",
               "tokenizer_model_max_length": config.max_length}
-    if config.num_voco:
-        values["num_voco"] = config.num_voco
     if head.block_config:
         values["post_interaction_block"] = asdict(head.block_config)
     if arguments:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoints.load import Source, load_all, trained_folders
-from data import DESCRIBE, IMAGE, SYSTEM, SYSTEM_HADPO_EVAL, Example, PackedDataset
+from data import DESCRIBE, IMAGE, Example, PackedDataset
 from eval_pope import Protocol, ask, identity
 from evals.sampling import Conversation, Sampling
 from model import answer
@@ -35,6 +35,7 @@ from support.common import (
 from support.images import check_images
 from support.outputs import Journal, check_output_folder, write_value
 from support.questions import read_list
+from support.templates import SYSTEM, SYSTEM_HADPO_EVAL
 from training.compressed import without_images
 from training.guards import long_rows
 
@@ -134,11 +135,12 @@ def with_beams(num_beams):
     """What answers by beam search, in the form of model.py's `answer`; it has no first logits."""
     def search(model, dataset, max_new_tokens, batch_size, indices, words):
         sampling = Sampling(num_beams=num_beams, max_new_tokens=max_new_tokens)
+        system = dataset.format.template.system
         for i in progress(indices, "asking", unit="image"):
             example, said = dataset.examples[i], []
             question = example.conversations[0][0][0].removeprefix(f"{IMAGE}\n")
             for head in model.heads.values():
-                conversation = Conversation(model, head, example.image, dataset.format.system)
+                conversation = Conversation(model, head, example.image, system)
                 ids = list(conversation.answer(question, sampling))
                 said.append(([model.tokenizer.decode(ids)], torch.zeros(1, len(words))))
             yield i, said

@@ -25,7 +25,6 @@ from data import (
     EOS,
     IMAGE,
     IMAGE_ID,
-    SYSTEM,
     Batch,
     encode_compressed,
     encode_conversation,
@@ -36,6 +35,7 @@ from llama import KVCache
 from model import answer_states
 from support.common import InputError
 from support.images import check_images
+from support.templates import SYSTEM
 
 
 @dataclass
@@ -234,7 +234,7 @@ class Conversation:
         if begins and self.image and self.row_format.num_voco:
             ids, _ = encode_compressed(self.row_format, turns)
         else:
-            ids, _ = encode_conversation(self.tokenizer, turns, self.row_format.system,
+            ids, _ = encode_conversation(self.tokenizer, turns, self.row_format.template,
                                          has_image=self.image is not None)
         if not begins:
             end = ids.index(EOS)

@@ -43,10 +43,11 @@ def llava_of_transformers(pieces, heads=4, kv_heads=4, select_layer=-2, **change
     its tokenizer has pieces.
     """
     torch.manual_seed(0)
+    sizes = dict(intermediate_size=56, num_hidden_layers=3) | changes
     text = transformers.LlamaConfig(
-        vocab_size=pieces + 64, hidden_size=8 * heads, intermediate_size=56, num_hidden_layers=3,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=256,
-        rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=BOS, eos_token_id=EOS, **changes)
+        vocab_size=pieces + 64, hidden_size=8 * heads, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, max_position_embeddings=256, rms_norm_eps=1e-5,
+        pad_token_id=0, bos_token_id=BOS, eos_token_id=EOS, **sizes)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION), text_config=text,
         image_token_index=pieces, vision_feature_layer=select_layer)

@@ -24,7 +24,6 @@ from data import (
     IMAGE,
     IMAGE_ID,
     PAD,
-    SYSTEM,
     PackedDataset,
     Tokenizer,
     encode_conversation,
@@ -32,6 +31,7 @@ from data import (
 )
 from support.common import InputError
 from support.images import check_images
+from support.templates import SYSTEM
 from training.conversations import image_paths
 
 

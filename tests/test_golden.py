@@ -19,7 +19,6 @@ from data import (
     EOS,
     IMAGE,
     IMAGE_ID,
-    SYSTEM_HADPO_EVAL,
     PackedDataset,
     collate,
     encode_conversation,
@@ -30,6 +29,7 @@ from dpo import Loss, preference_loss, sequence_logps, token_logps
 from llama import branch_mask
 from model import answer_states, generate
 from post_decoder import VARIANTS, PostInteractionBlock
+from support.templates import SYSTEM_HADPO_EVAL, Template
 
 GOLDEN = os.environ.get("GOLDEN", os.path.join(ROOT, "..", "shared", "golden"))
 GOLDEN = os.path.abspath(GOLDEN)
@@ -185,7 +185,7 @@ def test_prompts_and_answers(golden, llava):
     head = trained_head(llava, "non_lora_trainables.bin")
     for case in golden["gen"]:
         turns = [(f"{IMAGE}\n{case['question']}", None)]
-        ids, labels = encode_conversation(llava.tokenizer, turns, SYSTEM_HADPO_EVAL)
+        ids, labels = encode_conversation(llava.tokenizer, turns, Template(SYSTEM_HADPO_EVAL))
         assert ids == case["input_ids"].tolist()
         image = os.path.join(GOLDEN, case["image"])
         row = pack([(ids, labels)], f.num_patches, f.max_length, image)

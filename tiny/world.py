@@ -33,9 +33,10 @@ import sentencepiece
 from PIL import Image
 from tqdm import tqdm
 
-from data import DESCRIBE, SYSTEM
+from data import DESCRIBE
 from support.command_line import Parser
 from support.common import InputError, Number, run_program
+from support.templates import SYSTEM
 from tiny.pictures import CLASSES, HOME, NAMES, SCENES, SIDE, STREAMS, facts, picture
 
 VERSION = 1                 # to be raised when a world would come out different

@@ -27,12 +27,13 @@ from checkpoints.hub import folder_of, import_hub, is_name
 from checkpoints.load import Source, base_of, checkpoint_type, load_whole
 from checkpoints.save import preprocessor_config, save_base
 from clip_vit import TOWER, CLIPVisionTower
-from data import BOS, EOS, IMAGE, SYSTEM
+from data import BOS, EOS, IMAGE
 from llama import LINEARS
 from support.command_line import Parser
 from support.common import InputError, read_json, run_program, write_json
 from support.folders import check_can_write
 from support.outputs import check_output_folder
+from support.templates import SYSTEM
 from support.tensors import read_file, write_tensors
 
 FORMATS = "llava", "llava-hf", "peft"
@@ -98,6 +99,9 @@ def hf_config(model):
         "vocab_size": padded_vocabulary(model), "bos_token_id": BOS, "eos_token_id": EOS,
         "pad_token_id": image + 1, "torch_dtype": dtype, "tie_word_embeddings": False}
     vision = {"model_type": "clip_vision_model", "projection_dim": 768, **asdict(config.vision)}
+    if config.projector_depth != 2 or config.image_start_end:
+        raise InputError("--format llava-hf: is LLaVA-1.5's layout, which has a projector of two "
+                         "layers and no <im_start>; say --format llava")
     if (config.projector_hidden_size or 0) > config.text.hidden_size:
         raise InputError(f"--format llava-hf: the projector's inner width is "
                          f"{config.projector_hidden_size}, and there it is LLaMA's "

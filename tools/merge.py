@@ -3,6 +3,7 @@
     python -m tools.merge tiny/base half --dtype fp16           # half the bytes of fp32
     python -m tools.merge out/stage2 whole                      # what train.py has made
     python -m tools.merge non_lora_trainables.bin whole --model_name_or_path llava-v1.5-7b
+    python -m tools.merge LLaVA-7b-delta-v1-1 llava-v1 --delta llama-7b     # LLaVA v1's releases
 
 The result is a base: train.py, eval_pope.py and the tools take it as one. The arguments of the
 training notes' replace_bin.py are understood too (training/originals.py).
@@ -13,6 +14,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
 
+from checkpoints.deltas import load_delta
 from checkpoints.load import Source, base_of, checkpoint_type, load_whole
 from checkpoints.save import save_base
 from support.command_line import Parser
@@ -31,6 +33,8 @@ def main():
     parser.add_argument("--model_name_or_path", help="the base, where CKPT does not name it")
     parser.add_argument("--vision_tower",
                         help="CLIP's folder, where base and CKPT name none that is there")
+    parser.add_argument("--delta", metavar="BASE",
+                        help="CKPT is a delta, as LLaVA v1 was released: the LLaMA to add to it")
     parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as in the files")
     args = parser.parse_args(merge_arguments(sys.argv[1:]))
     if os.path.lexists(args.output):
@@ -38,7 +42,13 @@ def main():
     check_output_folder(args.output, "OUT")
     what = checkpoint_type(args.checkpoint)
     base = base_of(args.checkpoint, args.model_name_or_path)
-    model = load_whole(Source([args.checkpoint], base, args.vision_tower))
+    if args.delta and what != "base":
+        raise InputError(f"{args.checkpoint}: --delta takes a whole model less its LLaMA, and this "
+                         f"is what was trained ({what}); leave out --delta")
+    if args.delta:
+        model = load_delta(args.checkpoint, args.delta, args.vision_tower)
+    else:
+        model = load_whole(Source([args.checkpoint], base, args.vision_tower))
     if args.dtype:
         model.trunk.to(DTYPES[args.dtype])
         model.head.to(DTYPES[args.dtype])
@@ -48,6 +58,7 @@ def main():
         raise InputError(f"{args.output}: cannot be written ({e.strerror}); make room there, or "
                          "name another folder") from e
     beside = f" with {args.checkpoint}" if what != "base" else ""
+    beside = f" with {args.delta}" if args.delta else beside
     print(f"{args.output}: {base}{beside}, a base of its own")
 
 

@@ -57,7 +57,7 @@ def key_of(dataset, model, block_config):
     row_format, base = dataset.format, base_of_model(model)
     return {"base": base["base"].partition("-")[0], "settings": base["settings"],
             "data": data_digest(dataset.examples, row_format.tokenizer),
-            "rows": [row_format.system, row_format.num_patches, row_format.max_length],
+            "rows": [row_format.template.system, row_format.num_patches, row_format.max_length],
             "preprocess": asdict(row_format.preprocess),
             "features": block_config.image_source if block_config else "clip",
             "whole_rows": block_config is not None and block_config.attention == "self",

@@ -36,7 +36,7 @@ def long_rows(dataset):
     whose prompt has so many bytes that it might not.
     """
     examples, row_format = dataset.examples, dataset.format
-    room, found = row_format.max_length - at_most([row_format.system]) - TEMPLATE, []
+    room, found = row_format.max_length - at_most([row_format.template.system]) - TEMPLATE, []
     numbers, of_image = range(len(examples)), row_format.num_patches + row_format.num_voco
     if not isinstance(examples, list):                      # rows that stay on disk
         size, has_image = examples.sizes()

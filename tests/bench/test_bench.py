@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 
 from bench import bench_dpo, bench_pope, bench_trunk, bench_zero, measuring, peer, peer_dpo
 from clip_vit import CLIPVisionConfig
-from data import EOS, IMAGE, SYSTEM, encode_conversation, expand
+from data import EOS, IMAGE, encode_conversation, expand
 from dpo import Objective, frozen_copy
 from eval_pope import SPLITS, read_pope
 from llama import LlamaConfig
@@ -215,7 +215,7 @@ def test_unpacked_rows_are_the_questions_alone():
         for number, ids in enumerate(peer.unpack(row), start=1):
             article, word = "an" if number == 1 else "a", "abc"[number - 1] * 3
             conversation = [(f"{IMAGE}\nIs there {article} {word} in the image?", None)]
-            encoded = encode_conversation(ours.tokenizer, conversation, SYSTEM)
+            encoded = encode_conversation(ours.tokenizer, conversation)
             alone, _ = expand(*encoded, ours.config.vision.num_patches, "image")
             assert ids == alone
 

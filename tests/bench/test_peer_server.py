@@ -19,9 +19,9 @@ from programs import free_port, succeeds
 
 from bench import peer_server
 from checkpoints.load import Source, load_all
-from data import SYSTEM_HADPO_EVAL
 from eval_pope import ask, open_prompts, read_pope, score, table
 from support.common import InputError
+from support.templates import SYSTEM_HADPO_EVAL
 
 ANSWER = {"choices": [{"message": {"content": "Yes"}}]}
 

@@ -149,7 +149,7 @@ def test_other_ways_to_see_a_picture_are_refused(public, tmp_path, ratio):
 def test_relatives_of_llava_are_refused_by_name(public, tmp_path):
     """transformers' LLaVA-NeXT is any resolution, and has no image_aspect_ratio."""
     folder = variant_of(public.hf, tmp_path / "model", model_type="llava_next")
-    with pytest.raises(InputError, match='config.json: model_type is "llava_next" and only'):
+    with pytest.raises(InputError, match='config.json: model_type is "llava_next", which'):
         load_base(str(folder))
 
 

@@ -20,10 +20,11 @@ from programs import ROOT, shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
-from data import IMAGE, SYSTEM_HADPO_EVAL, Example, ImageProcessor, PackedDataset
+from data import IMAGE, Example, ImageProcessor, PackedDataset
 from eval_pope import SPLITS, Evaluation, measure, read_pope, says_yes
 from model import Head, LlavaConfig, answer_states
 from post_decoder import VARIANTS
+from support.templates import SYSTEM_HADPO_EVAL
 from tools import report
 from tools.report import choose, page, picture, tiles, write_report
 from tools.report_tables import gather, hallucinated_words, object_word, reliability
