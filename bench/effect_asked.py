@@ -33,6 +33,7 @@ from support.hadpo import read_image_index
 from support.questions import question_files, read_pope
 from tiny.pictures import NAMES, STREAMS
 from tiny.world import Shown, conversation, hallucinated, well_formed
+from training.compressed import without_images
 
 MAX_NEW_TOKENS = 40
 HELD_OUT = NAMES[-4:]           # the classes of tiny.prepare's --held_out 4
@@ -54,11 +55,15 @@ def questions_of(root, validation):
             truth["validation" if validation else "evaluation"])
 
 
-def asked(model, questions, image_folder):
-    """{(image, question): (answer, yes-score)} of the only head."""
+def asked(model, questions, image_folder, compressed=None):
+    """{(image, question): (answer, yes-score)} of the only head. `compressed`: a folder for images
+    that are then asked about in a second pass (training/compressed.py).
+    """
     pairs = dict.fromkeys((q["image"], q["text"]) for rows in questions.values() for q in rows)
-    said, = ask(model, open_prompts(model, list(pairs), image_folder, "hadpo"),
-                MAX_NEW_TOKENS).values()
+    by_image, dataset = open_prompts(model, list(pairs), image_folder, "hadpo")
+    if compressed:
+        dataset = without_images(compressed, dataset, model)
+    said, = ask(model, (by_image, dataset), MAX_NEW_TOKENS).values()
     return said
 
 
@@ -73,11 +78,13 @@ def digits(rows, right):
 # ---- A checkpoint --------------------------------------------------------------------------------
 
 
-def judge(root, checkpoint, validation):
-    """Everything about one checkpoint, or a base → a line of results.jsonl."""
+def judge(root, checkpoint, validation, compressed=None):
+    """Everything about one checkpoint, or a base → a line of results.jsonl. `compressed` as of
+    `asked`.
+    """
     questions, image_folder, truth = questions_of(root, validation)
     model = load(checkpoint)
-    said = asked(model, questions, image_folder)
+    said = asked(model, questions, image_folder, compressed)
     numbers, right = {}, {}
     for split, rows in questions.items():
         of_split = measure(rows, said, split)
@@ -89,7 +96,7 @@ def judge(root, checkpoint, validation):
     good = [well_formed(q["text"], said[q["image"], q["text"]][0]) for q in rows]
     held_out = [said_right(q, said) for q in rows if word_of(q) in HELD_OUT] or [0]
     numbers |= {"well_formed": 100 * np.mean(good), "held_out": 100 * np.mean(held_out)}
-    numbers |= describe_all(model, image_folder, truth)
+    numbers |= describe_all(model, image_folder, truth, compressed)
     numbers["nll"] = forgotten(model, image_folder, truth)
     return {"numbers": {name: round(float(value), 4) for name, value in numbers.items()},
             "right": right}
@@ -99,11 +106,13 @@ def said_right(q, said):
     return says_yes(said[q["image"], q["text"]][0]) == (q["label"] == "yes")
 
 
-def describe_all(model, image_folder, truth):
+def describe_all(model, image_folder, truth, compressed=None):
     """CHAIR's numbers of a description of every image. A class counts once in a description."""
     conversations = [[(f"{IMAGE}\n{DESCRIBE[0]}", None)]]
     examples = [Example(os.path.join(image_folder, name), conversations) for name in truth]
     dataset = PackedDataset(examples, model.row_format())
+    if compressed:
+        dataset = without_images(compressed, dataset, model)
     answered = dict(answer(model, dataset, MAX_NEW_TOKENS, batch_size=64))
     judged = {}
     for i, (name, facts) in enumerate(truth.items()):

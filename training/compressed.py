@@ -49,7 +49,8 @@ def without_images(folder, dataset, model):
             images[example.image] = os.path.join(folder, f"{name}.safetensors"), i
     files = {image: file for image, (file, _) in images.items()}
     missing = {file: i for file, i in images.values() if not os.path.exists(file)}
-    say(f"{len(images) - len(missing)} of {len(images)} images are compressed in {folder} already")
+    say(f"{len(missing)} of {len(images)} images are still to be compressed, into "
+        f"{model.config.num_voco} tokens each; they are kept in {folder}")
     if world_size > 1:
         dist.barrier()                                  # all have seen what is missing
     mine = list(missing.values())[rank::world_size]

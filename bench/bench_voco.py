@@ -1,0 +1,215 @@
+"""VoCo-LLaMA on the tiny world: an image in 1, 2, 4 or 8 tokens beside all of its 36.
+
+    python bench/bench_voco.py --jobs 16                    # 20 models; then the table
+    python bench/bench_voco.py --tokens 1 36 --seeds 46
+
+Each seed has its own world and tower. From there each model is trained by stage 0, with the same
+conversations and the same number of steps: with all tokens of the image as the tiny base is, else
+with --voco N. A model with <voco> tokens is asked in two passes (training/compressed.py): POPE's
+questions and CHAIR's descriptions, of which none sees the image.
+
+Each model appends a line to --output_dir/results.jsonl, and what stands there is not made again, so
+an interrupted experiment goes on. --jobs processes work at the same time, each on one core and,
+where there are GPUs, on one of them. Then, with nothing else running, the models of the first seed
+are timed.
+
+Follows arXiv 2406.12275. "kept" here is the part of what the whole image gives above chance (50 %),
+in POPE's accuracy over its three sets; the paper's retention has another lower bound.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from bench.effect import SMALL, begin, run_train
+from bench.effect_asked import asked, judge, load, questions_of
+from bench.effect_rows import read_results
+from bench.effect_table import mean_and_sd
+from support.common import run_program
+from tiny.prepare import TINY_LLAVA, prepare_tiny_world
+from training.engine import start_deepspeed
+from training.flags import parse_flags
+
+IMAGE = TINY_LLAVA.vision.num_patches           # tokens of an image that is not compressed
+TOKENS = (IMAGE, 8, 4, 2, 1)
+SEEDS = (46, 47, 48, 49)
+SETS = "random", "popular", "adversarial"
+COLUMNS = {"random/accuracy": "random", "popular/accuracy": "popular",
+           "adversarial/accuracy": "adversarial", "adversarial/f1": "F1", "adversarial/auc": "AUC",
+           "adversarial/yes_ratio": "yes", "chair_i": "CHAIR_i", "coverage": "recall", "nll": "NLL"}
+TIMES = {"one_pass": "POPE in one pass", "first_pass": "compressing",
+         "second_pass": "POPE without images"}
+
+
+# ---- One model -----------------------------------------------------------------------------------
+
+
+def flags_of(root, seed, tokens, small):
+    """train.py's flags for one model."""
+    voco = [] if tokens == IMAGE else ["--voco", str(tokens)]
+    return ["--stage", "0", "--no-bf16", "--seed", str(seed), "--dataloader_num_workers", "0",
+            *voco, *(SMALL if small else ()), "--output_dir", model_folder(root, tokens)]
+
+
+def model_folder(root, tokens):
+    return os.path.join(root, f"tokens{tokens}")
+
+
+def prepare(root, seed, small):
+    """The seed's world, and the untrained model that all of its models start from."""
+    args = parse_flags(flags_of(root, seed, 1, small))
+    _, device = start_deepspeed()
+    prepare_tiny_world(args, train.train, device)
+
+
+def make(args, seed, tokens):
+    """Train a model and ask it → its line in results.jsonl; None where it failed, as the log
+    tells.
+    """
+    root = os.path.join(args.output_dir, f"seed{seed}")
+    checkpoint = model_folder(root, tokens)
+    try:
+        if not os.path.isdir(checkpoint):
+            run_train(flags_of(root, seed, tokens, args.small))
+        line = judge(root, checkpoint, False, tokens != IMAGE and f"{checkpoint}-compressed")
+    except Exception:           # one model must not end the others
+        traceback.print_exc()
+        return None
+    line = {"tokens": tokens, "seed": seed, **line}
+    append(args.output_dir, line)
+    return line
+
+
+def append(folder, line):
+    with open(os.path.join(folder, "results.jsonl"), "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def time_model(args, seed, tokens):
+    """Seconds that all of POPE's questions take, image files and all, when nothing else runs."""
+    root = os.path.join(args.output_dir, f"seed{seed}")
+    model, (questions, folder, _) = load(model_folder(root, tokens)), questions_of(root, False)
+    kept, few = f"{model_folder(root, tokens)}-timed", {"few": questions["random"][:192]}
+    passes = {"one_pass": lambda: asked(model, questions, folder)}
+    asked(model, few, folder)                                                       # warm-up
+    if tokens != IMAGE:
+        asked(model, few, folder, kept)
+        shutil.rmtree(kept)
+        # What compresses and asks, less what only asks.
+        passes["first_pass"] = passes["second_pass"] = lambda: asked(model, questions, folder, kept)
+    seconds = {}
+    for name, run in passes.items():
+        start = time.perf_counter()
+        run()                                               # its answers are on the CPU in the end
+        seconds[name] = time.perf_counter() - start
+    if tokens != IMAGE:
+        seconds["first_pass"] -= seconds["second_pass"]
+    shutil.rmtree(kept, ignore_errors=True)
+    line = {"tokens": tokens, "seed": seed, "seconds": seconds, "on": where()}
+    append(args.output_dir, line)
+    return line
+
+
+def where():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def accuracy(line):
+    """Mean of the three sets, percent."""
+    return np.mean([line["numbers"][f"{name}/accuracy"] for name in SETS])
+
+
+def bytes_of_a_token():
+    """Of its keys and values in the tiny model, fp32."""
+    text = TINY_LLAVA.text
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+
+
+def table(lines):
+    """results.jsonl's lines → Markdown: means and standard deviations over the seeds."""
+    found, seconds = {}, {}
+    for line in lines:
+        of_tokens = found if "numbers" in line else seconds
+        of_tokens.setdefault(line["tokens"], {})[line["seed"]] = line
+    whole = found.get(IMAGE, {})
+    titles = ["tokens", "seeds", *COLUMNS.values(), "kept", "cache an image", *TIMES.values()]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for tokens in sorted(found, reverse=True):
+        of_seed = found[tokens]
+        cells = [mean_and_sd([line["numbers"][name] for line in of_seed.values()],
+                             2 if name == "nll" else 1) for name in COLUMNS]
+        kept = [100 * (accuracy(line) - 50) / (accuracy(whole[seed]) - 50)
+                for seed, line in of_seed.items() if seed in whole and accuracy(whole[seed]) != 50]
+        times = next(iter(seconds.get(tokens, {}).values()), {"seconds": {}})["seconds"]
+        rows.append("| " + " | ".join(
+            [str(tokens), str(len(of_seed)), *cells,
+             mean_and_sd(kept, 0) + " %" if kept else "",
+             f"{tokens * bytes_of_a_token() / 1024:.1f} KiB",
+             *(f"{times[name]:.2f} s" if name in times else "" for name in TIMES)]) + " |")
+    places = {line["on"] for of_seed in seconds.values() for line in of_seed.values()}
+    return "\n".join([*rows, "", f"Times: the first seed's models, one after the other, on "
+                                 f"{' and '.join(sorted(places))}." if places else ""])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N",
+                        choices=range(1, IMAGE + 1),
+                        help=f"tokens an image; {IMAGE} is the image itself")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at the same time; default 1")
+    parser.add_argument("--small", action="store_true", help="a world and models of no use, to see "
+                                                             "that everything runs")
+    parser.add_argument("--output_dir", default=os.path.join("out", "voco"))
+    args = parser.parse_args(argv)
+    logs = os.path.join(args.output_dir, "logs")
+    os.makedirs(logs, exist_ok=True)
+    lines = read_results(args.output_dir)
+    done = {(line["seed"], line["tokens"]) for line in lines if "numbers" in line}
+    timed = {line["tokens"] for line in lines if "seconds" in line}
+    missing = {seed: [n for n in args.tokens if (seed, n) not in done] for seed in args.seeds}
+    failed, total = 0, sum(map(len, missing.values()))
+
+    # What a seed's models start from; when it is there, they are trained.
+    spawn = multiprocessing.get_context("spawn")
+    start = spawn.Value("i", 0), torch.cuda.device_count(), logs
+    with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
+            tqdm(total=total, desc="models", unit="model") as bar:
+        worlds = {pool.submit(prepare, os.path.join(args.output_dir, f"seed{seed}"), seed,
+                              args.small): seed for seed, tokens in missing.items() if tokens}
+        models = []
+        for future in as_completed(worlds):
+            future.result()
+            seed = worlds[future]
+            models += [pool.submit(make, args, seed, tokens) for tokens in missing[seed]]
+        for future in as_completed(models):
+            failed += future.result() is None
+            bar.update()
+        first = args.seeds[0]
+        ready = {line["tokens"] for line in read_results(args.output_dir)
+                 if "numbers" in line and line["seed"] == first}
+        for tokens in args.tokens:
+            if tokens in ready - timed:
+                pool.submit(time_model, args, first, tokens).result()
+    print(table(read_results(args.output_dir)))
+    print(f"{total - failed} models in {args.output_dir}/results.jsonl"
+          + f"; {failed} failed, see {logs}" * bool(failed))
+
+
+if __name__ == "__main__":
+    run_program(main)
