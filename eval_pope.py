@@ -58,7 +58,7 @@ from support.outputs import (
 from support.processes import end_processes, place, start_processes
 from support.questions import SPLITS, find_images, question_files, read_pope, split_name
 from support.templates import SYSTEM, SYSTEM_HADPO_EVAL
-from tiny.prepare import world_beside
+from tiny.places import world_beside
 from training.compressed import without_images
 from training.guards import long_rows
 from training.originals import pope_arguments

@@ -12,8 +12,8 @@ sweep.
     --tune     groups of tensors: clip, projector, llama, post_decoder, lm_head, lora; the rest is
                frozen
     --stage    names for three choices. 0: supervised, projector, llama, lm_head (the tiny world's
-               base). 1: DPO of post_decoder. 2: DPO of post_decoder and lm_head, from stage 1's
-               result if there is one beside the output
+               base). 1: DPO of post_decoder. 2: DPO of post_decoder and lm_head
+    --init     the checkpoint that a run starts from, e.g. out/stage1; else a block is made
     --loss     dpo, ipo or hinge (dpo.py) on HA-DPO's pairs; sft on LLaVA's conversations, or on the
                chosen answers of HA-DPO's pairs: the control that tells what preferences add
 
@@ -338,7 +338,7 @@ def main():
             train(args)
     except torch.OutOfMemoryError as e:
         raise InputError(f"{str(e).splitlines()[0]} {memory_advice(args, config)}") from e
-    say_what_next(args.output_dir, [one.output_dir for one in combinations(args)])
+    say_what_next(args, [one.output_dir for one in combinations(args)])
     dist.destroy_process_group()
 
 

@@ -40,7 +40,7 @@ from support.folders import check_can_write
 from support.images import check_images
 from support.outputs import digest, write_text
 from support.questions import find_images, question_files, read_pope
-from tiny.prepare import world_beside
+from tiny.places import world_beside
 
 # The server is near: no proxy, whatever the environment names.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -26,8 +26,9 @@ from support.common import InputError, file_digest, read_json, write_json
 from support.images import check_images
 from support.outputs import digest
 from support.questions import read_pope
+from tiny.places import SHIPPED_BASE
 from tiny.preferences import write_preferences
-from tiny.prepare import SHIPPED_BASE, mined_from, refuse_other_sizes
+from tiny.prepare import mined_from, refuse_other_sizes
 from tiny.world import Sizes, make_world
 from training.conversations import image_paths, read_llava
 from training.engine import configure, start_deepspeed

@@ -3,7 +3,7 @@
     save_base("whole", model)                                       # a base again
     save_trained("out/stage2", {name: tensor}, info, tokenizer)     # `info`: for its config.json
 
-A folder appears under its name only when it is whole, and only a folder of ours is ever replaced
+A folder appears under its name only when it is whole, and the one before is kept
 (support/folders.py). Each file of tensors is read again and compared with what was to be written.
 """
 import os
@@ -16,22 +16,22 @@ from checkpoints.layouts import OURS, TRAINED_FILE
 from checkpoints.versions import version_settings
 from llama import LINEARS
 from support.common import InputError, read_json, say, write_json
-from support.folders import check_output, replace_folder
+from support.folders import check_output, old_name, replace_folder
 from support.tensors import write_tensors
 
-# What may lie in a folder that is replaced, and what of it stays: results of evaluations.
+# What may lie in a folder that another one takes the place of; the last three are results.
 OWN_FILES = {name: None for name in (
     "config.json", TRAINED_FILE, "adapter_config.json", "adapter_model.safetensors",
     "tokenizer.model", "metrics.jsonl", "training.svg", "model.safetensors", "README.md",
     "*.partial")}
 OWN_FILES["vision_tower"] = {name: None for name in (
     "config.json", "preprocessor_config.json", "model.safetensors")}
-RESULTS = {"pope": "*", "chair": "*", "shr": "*"}
+OWN_FILES |= {"pope": "*", "chair": "*", "shr": "*"}
 
 
 def check_output_folder(folder):
     """Before training: InputError where a checkpoint cannot be written, or replaces another's."""
-    check_output(folder, OWN_FILES, RESULTS)
+    check_output(folder, OWN_FILES)
     refuse_other_readme(folder)
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
@@ -39,10 +39,8 @@ def check_output_folder(folder):
     values = read_json(path, dict)
     if OURS not in (values.get("model_type"), values.get("written_by")):
         raise InputError(f"{folder}: holds a model that was not trained here; name another folder")
-    say(f"{folder}: a checkpoint is there already; this run replaces it when it is done")
-    for name in RESULTS:
-        if os.path.isdir(os.path.join(folder, name)):
-            say(f"{os.path.join(folder, name)}: stays, and is about the checkpoint before")
+    say(f"{folder}: a checkpoint is there already; it will be {old_name(folder)} when this run is "
+        "done")
 
 
 def save_base(folder, model, tensors=None, arguments=None, identity=None):
@@ -87,7 +85,7 @@ def save_base(folder, model, tensors=None, arguments=None, identity=None):
         if arguments:
             write_card(partial, os.path.basename(folder), values)
 
-    replace_folder(folder, fill, OWN_FILES, RESULTS)
+    replace_folder(folder, fill, OWN_FILES)
 
 
 def preprocessor_config(preprocess):
@@ -142,4 +140,4 @@ def save_trained(folder, tensors, info, tokenizer):
         if info.get("arguments"):
             write_card(partial, os.path.basename(folder), info)
 
-    replace_folder(folder, fill, OWN_FILES, RESULTS)
+    replace_folder(folder, fill, OWN_FILES)

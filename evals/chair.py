@@ -49,7 +49,7 @@ from support.outputs import check_output_folder, write_rows
 from support.processes import end_processes, start_processes
 from support.questions import find_images
 from tiny.pictures import NAMES
-from tiny.prepare import shipped_base, world_beside
+from tiny.places import shipped_base, world_beside
 
 COLUMNS = {"chair_i": "CHAIR_i", "chair_s": "CHAIR_s", "recall": "recall", "words": "words",
            "named": "named", "images": "images"}

@@ -50,7 +50,7 @@ from support.outputs import Journal, check_output_folder, digest, write_rows
 from support.processes import end_processes, start_processes
 from support.questions import find_images
 from tiny.pictures import SCENES
-from tiny.prepare import shipped_base, world_beside
+from tiny.places import shipped_base, world_beside
 from tiny.world import hallucinated
 
 VERDICTS = "hallucination", "correct", "cannot judge"

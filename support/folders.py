@@ -1,21 +1,29 @@
 """Folders of ours: written whole, put right after a kill, and never somebody else's.
 
-    check_output(folder, CHECKPOINT_FILES, KEPT)     # before training: may it be written there?
-    put_right(folder, CHECKPOINT_FILES, KEPT)        # what a killed save left half done
-    replace_folder(folder, fill, CHECKPOINT_FILES, KEPT)       # fill(partial) writes the new files
+    check_output(folder, CHECKPOINT_FILES)          # before training: may it be written there?
+    put_right(folder, CHECKPOINT_FILES)             # what a killed save left half done
+    replace_folder(folder, fill, CHECKPOINT_FILES)             # fill(partial) writes the new files
 
 A folder is written under a hidden name beside its own. The folder before gets another hidden name,
-the new one takes its place, what is kept (answers to questions, for example) moves over, and the
-folder before goes. A kill at any moment leaves the old folder or the new one, and `put_right` ends
-what was begun. Only files with names of ours are ever replaced or removed: a folder with anything
-else in it is refused. A symlink is followed: the folder that it points to is written.
+the new one takes its place, and the folder before is from then on FOLDER-old1, or the next free
+number: nothing that was finished is lost. A kill at any moment leaves both whole, and `put_right`
+ends what was begun. A folder with anything else in it than files of ours is refused. A symlink is
+followed: the folder that it points to is written.
 """
 import contextlib
 import fnmatch
+import itertools
 import os
 import shutil
 
 from support.common import InputError, temporary
+
+
+def old_name(folder):
+    """What a folder will be called when another one takes its place."""
+    numbers = itertools.count(1)
+    names = (f"{folder}-old{number}" for number in numbers)
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def hidden_names(real):
@@ -54,7 +62,7 @@ def check_only_ours(folder, own):
                          "new folder, for example one inside of it")
 
 
-def check_output(folder, own, kept):
+def check_output(folder, own):
     """Before long work: InputError where `folder` cannot be written, or holds what is not ours."""
     real = os.path.realpath(folder)
     if os.path.commonpath((real, os.getcwd())) == real:
@@ -63,9 +71,9 @@ def check_output(folder, own, kept):
     if os.path.ismount(real):
         raise InputError(f"--output_dir {folder}: is a mount point, which cannot be replaced as a "
                          f"whole; name a folder in it, e.g. {os.path.join(folder, 'run')}")
-    put_right(folder, own, kept)
+    put_right(folder, own)
     if os.path.lexists(real):
-        check_only_ours(real, {**own, **kept})
+        check_only_ours(real, own)
     check_can_write(os.path.dirname(real))
 
 
@@ -84,38 +92,29 @@ def check_can_write(folder):
                          "make room there") from e
 
 
-def put_right(folder, own, kept):
-    """End or undo what a killed `replace_folder` left: the newest whole folder stays."""
+def put_right(folder, own):
+    """End or undo what a killed `replace_folder` left: the newest whole folder has the name."""
     real = os.path.realpath(folder)
     partial, old = hidden_names(real)
     for rest in (partial, old):
         if os.path.lexists(rest):
-            check_only_ours(rest, {**own, **kept})
+            check_only_ours(rest, own)
     if os.path.isdir(old) and not os.path.isdir(real):
         # The old folder had been renamed, so the new one was whole.
         os.rename(partial if os.path.isdir(partial) else old, real)
     if os.path.isdir(old):
-        finish(real, old, kept)
+        os.rename(old, old_name(real))
     if os.path.isdir(partial):
         shutil.rmtree(partial)
 
 
-def finish(real, old, kept):
-    """The new folder has its name: what is kept moves over, and the old folder goes."""
-    for name in kept:
-        before, now = os.path.join(old, name), os.path.join(real, name)
-        if os.path.isdir(before) and not os.path.lexists(now):
-            os.rename(before, now)
-    shutil.rmtree(old)
-
-
-def replace_folder(folder, fill, own, kept):
-    """Write a folder with `fill(partial)`, which may replace an older one of ours. Atomic."""
+def replace_folder(folder, fill, own):
+    """Write a folder with `fill(partial)`; an older one of ours gets its `old_name`. Atomic."""
     real = os.path.realpath(folder)
-    put_right(folder, own, kept)
+    put_right(folder, own)
     partial, old = hidden_names(real)
     if os.path.lexists(real):
-        check_only_ours(real, {**own, **kept})
+        check_only_ours(real, own)
     try:
         os.makedirs(partial)
         fill(partial)
@@ -127,7 +126,7 @@ def replace_folder(folder, fill, own, kept):
         return
     os.rename(real, old)
     os.rename(partial, real)
-    finish(real, old, kept)
+    os.rename(old, old_name(real))
 
 
 def discard(folder):

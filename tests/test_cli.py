@@ -26,8 +26,9 @@ def trained(tmp_path_factory):
     → (folder, what each run printed).
     """
     folder = tmp_path_factory.mktemp("user")
-    said = [succeeds("deepspeed", "--num_gpus", stage, TRAIN, "--stage", stage, *TINY, cwd=folder,
-                     fresh=stage == 1) for stage in (1, 2)]
+    said = [succeeds("deepspeed", "--num_gpus", stage, TRAIN, "--stage", stage, *TINY,
+                     *["--init", "out/stage1"][:2 * (stage - 1)], cwd=folder, fresh=stage == 1)
+            for stage in (1, 2)]
     return folder, said
 
 

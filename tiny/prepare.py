@@ -7,9 +7,9 @@
     python -m tiny.prepare out/stage1 --output again    # a second round, of what was trained
 
 `prepare_tiny_world` makes the tiny world's images, tower, base model and preference data, each
-once, beside the run's output folder. From then on it names them as paths, as a user with real files
-would. The base is trained by stage 0 of train.py itself. The rejected answers are mined from what
-that base says about images it has not seen, as HA-DPO's were.
+once, in one place (training/recipes.py: tiny_root). From then on it names them as paths, as a user
+with real files would. The base is trained by stage 0 of train.py itself. The rejected answers are
+mined from what that base says about images it has not seen, as HA-DPO's were.
 
 The sizes below follow a recipe that was found by measuring (docs/results.md). The projector is
 narrow, so the tower sees more than LLaMA gets to know, and the block has something to find.
@@ -18,13 +18,13 @@ import copy
 import json
 import os
 import re
+import shlex
 from dataclasses import asdict, fields
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoints.hub import is_name
 from checkpoints.layouts import typed
 from checkpoints.load import Source, checkpoint_type, load_base, load_one, weights_of
 from checkpoints.save import save_base
@@ -43,10 +43,12 @@ from support.common import (
 )
 from support.folders import check_can_write
 from tiny.pictures import NAMES, SIDE
+from tiny.places import draw_world, made_with, shipped_base, ships_base_of, world_beside
 from tiny.preferences import DESCRIBED, Pairs, answers_of, as_said, say_mined, write_pairs
 from tiny.tower import PATCH, TowerTraining, pretrain_tower
-from tiny.world import Sizes, any_questions, draw_supervised, make_world
+from tiny.world import Sizes, any_questions
 from training.flags import RUNNING, SIZES, parse_flags
+from training.recipes import tiny_root
 
 TINY_LLAVA = LlavaConfig(
     LlamaConfig(vocab_size=0,               # replaced by the tokenizer's
@@ -55,8 +57,6 @@ TINY_LLAVA = LlavaConfig(
     CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4,
                      num_attention_heads=4, image_size=SIDE, patch_size=PATCH),
     select_layer=-1, projector_hidden_size=8, max_length=512)
-SHIPPED_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
-SHIPPED_SEED = 42
 
 
 def prepare_tiny_world(args, train, device):
@@ -66,7 +66,7 @@ def prepare_tiny_world(args, train, device):
     other sizes. Stage 0 with flags of its own starts from the untrained model, as the base did.
     """
     check_sizes(args)
-    root, first = os.path.dirname(args.output_dir), dist.get_rank() == 0
+    root, first = tiny_root(args.output_dir), dist.get_rank() == 0
     world, untrained, base = (os.path.join(root, name) for name in ("world", "untrained", "base"))
     only_base = args.stage == 0 and args.output_dir == base
     own_stage_0 = args.stage == 0 and not only_base
@@ -106,56 +106,6 @@ def name_conversations(flags, world):
     flags.image_folder = os.path.join(world, "llava", "images")
 
 
-# ---- The base that comes with the code -----------------------------------------------------------
-
-
-def shipped_base():
-    """The folder, as a user in the repository would type it."""
-    inside = os.path.dirname(os.path.dirname(SHIPPED_BASE)) == os.getcwd()
-    return os.path.relpath(SHIPPED_BASE) if inside else SHIPPED_BASE
-
-
-def ships_base_of(args):
-    """Whether the base of these flags is the one that comes with the code."""
-    return args.seed == SHIPPED_SEED and not (
-        args.tiny_sizes or args.tiny_tower or args.tiny_projector or args.tiny_base_steps)
-
-
-def world_beside(checkpoint):
-    """The tiny world that a checkpoint belongs to, and a folder beside it for what is asked.
-
-    The shipped base has none beside it, and nothing is written there: out/ stands in, and a world
-    is drawn where none is.
-    """
-    if os.path.realpath(checkpoint) != os.path.realpath(SHIPPED_BASE):
-        beside = checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint)
-        if is_name(checkpoint):                 # out/NAME for what is asked of a hub's OWNER/NAME
-            beside = os.path.join("out", os.path.basename(checkpoint).partition("@")[0])
-        return os.path.join(os.path.dirname(checkpoint), "world"), beside
-    world = os.path.join("out", "world")
-    if os.path.isdir(world):
-        seed, _ = made_with(world)
-        if seed != SHIPPED_SEED:
-            raise InputError(f"{world}: was made with --seed {seed}, and {checkpoint} with "
-                             f"{SHIPPED_SEED}; name other images and questions with --coco_path "
-                             "and --pope_path, or another folder's checkpoint")
-    elif int(os.environ.get("RANK", 0)) == 0:
-        draw_world(world, SHIPPED_SEED, Sizes(), supervised=False)
-    if dist.is_initialized():
-        dist.barrier()
-    return world, "out"
-
-
-def draw_world(world, seed, sizes, supervised):
-    """Draw what is missing of a world; `supervised`: the images of stage 0 as well."""
-    if not os.path.isdir(world):
-        print(f"no world in {world}: drawing it (seed {seed}; once, seconds)", flush=True)
-        make_world(world, seed, sizes, supervised)
-    elif supervised and not os.path.isdir(os.path.join(world, "llava", "images")):
-        print(f"no images in {world}/llava: drawing them (once, seconds)", flush=True)
-        draw_supervised(world)
-
-
 # ---- What is asked for, and what is there --------------------------------------------------------
 
 
@@ -177,14 +127,20 @@ def refuse_other_sizes(args, world, untrained, base):
         if when:
             raise InputError(text)
 
-    other = f"name another --output_dir, e.g. out/other/{os.path.basename(args.output_dir)}"
+    def other(name, value):
+        root = f"out/{name}{value}" if isinstance(value, int) else "out/other"
+        return (f"for such a world say first: train.py --stage 0 --{name} "
+                f"{shlex.quote(json.dumps(value))} --output_dir {root}/base, and then name "
+                f"--output_dir {root}/…")
+
     if os.path.isdir(world):
         (seed, there), sizes = made_with(world), Sizes(**args.tiny_sizes)
         refuse(seed != args.seed,
                f"{world}: was made with --seed {seed}, not {args.seed}; "
-               + other.replace("/other/", f"/seed{args.seed}/"))
+               + other("seed", args.seed))
         refuse(args.tiny_sizes and asdict(sizes) != there,
-               f"{world}: was made with --tiny_sizes {json.dumps(there)}; {other}")
+               f"{world}: was made with --tiny_sizes {json.dumps(there)}; "
+               + other("tiny_sizes", args.tiny_sizes))
     for folder in filter(os.path.isdir, (untrained, base)):
         path = os.path.join(folder, "config.json")
         before = typed(read_json(path, dict), "arguments", dict, path) or {}
@@ -193,18 +149,8 @@ def refuse_other_sizes(args, world, untrained, base):
         for name in ("tiny_tower", "tiny_projector", "tiny_base_steps"):
             asked = getattr(args, name)
             refuse(asked and name in before and asked != before[name],
-                   f"{folder}: was made with --{name} {json.dumps(before.get(name))}; {other}")
-
-
-def made_with(world):
-    """The seed and the sizes that a world was made with. InputError where it does not tell."""
-    path = os.path.join(world, "world.json")
-    values = read_json(path, dict)
-    seed, sizes = values.get("seed"), values.get("sizes")
-    if type(seed) is not int or not isinstance(sizes, dict):
-        raise InputError(f"{path}: does not tell the world's seed and sizes; remove {world}, and "
-                         "it is drawn again")
-    return seed, sizes
+                   f"{folder}: was made with --{name} {json.dumps(before.get(name))}; "
+                   + other(name, asked))
 
 
 def stage_0(args, untrained, base):

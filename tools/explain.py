@@ -40,7 +40,7 @@ from model import Head, Trunk, answer_states, set_trained
 from post_decoder import Block, BlockAttention, PostInteractionBlock
 from support.command_line import Parser
 from support.common import InputError, Number, run_program
-from tiny.prepare import shipped_base
+from tiny.places import shipped_base
 from tools.explain_load import load, random_model
 from tools.explain_text import (
     WIDTH,

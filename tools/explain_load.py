@@ -15,8 +15,9 @@ from model import Head, Llava, Trunk, set_trained
 from post_decoder import PostInteractionBlock
 from support.common import InputError, device_and_dtype, read_json
 from tiny import world as tiny_world
+from tiny.places import world_beside
 from tiny.preferences import write_preferences
-from tiny.prepare import TINY_LLAVA, world_beside
+from tiny.prepare import TINY_LLAVA
 
 
 def load(path):

@@ -52,8 +52,8 @@ from support.common import (
 from support.images import check_images
 from support.outputs import Journal, check_output_file, digest, gathered
 from support.processes import end_processes, place, start_processes
+from tiny.places import world_beside
 from tiny.preferences import Pairs, ask_base, by_question, description_pairs
-from tiny.prepare import world_beside
 
 IMAGES = 5000           # are drawn where the user names no number
 

@@ -31,8 +31,8 @@ HELP = """Train LLaVA-1.5 against hallucination: one run or a sweep.
     deepspeed train.py --stage 2  # the tiny world: no files needed, minutes on a CPU
     deepspeed train.py --block full,no_cross_attn --learning_rate 1e-3 2e-3  # a sweep
 """
-# The tiny world's own folders, beside --output_dir. Its base follows from SIZES; RUNNING does not
-# change a result.
+# The tiny world's own folders, in recipes.py's tiny_root. Its base follows from SIZES; RUNNING does
+# not change a result.
 TINY_FOLDERS = ("world", "untrained", "base", "features")
 SIZES = ("seed", "tiny_sizes", "tiny_tower", "tiny_projector", "tiny_base_steps")
 RUNNING = ("resume", "save_steps", "dataloader_num_workers", "local_rank")
@@ -99,8 +99,7 @@ def declare_flags():
                        type=whole("--block_intermediate_size", above=0),
                        help="inner width of a new block's layers; default: LLaMA's")
     group.add_argument("--init", help="trained checkpoint to start from, or the word identity: the "
-                                      "base and a block that changes nothing; default: stage1 "
-                                      "beside --output_dir for stage 2, if it is there; else "
+                                      "base and a block that changes nothing; default: "
                                       "identity")
     group.add_argument("--loss", choices=["sft", "dpo", "ipo", "hinge"],
                        help="default: sft for stage 0, else dpo")
@@ -144,8 +143,8 @@ def declare_flags():
                        help="the images of --preference_data or --data_path")
     group.add_argument("--cache_features", help="folder for a frozen trunk's outputs; later runs "
                                                 "read neither weights nor images; default: "
-                                                "features beside --output_dir for a sweep and in "
-                                                "the tiny world; else none is kept")
+                                                "out/features in the tiny world, features beside "
+                                                "--output_dir for a sweep, else none")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=number("--learning_rate", above=0), nargs="+",
@@ -264,13 +263,9 @@ def is_tiny_base(args):
 
 
 def look_at_the_disk(args):
-    """InputError for paths that are missing, superfluous or something else. Finds a default
-    --init.
-    """
+    """InputError for paths that are missing, superfluous or something else."""
     tiny = args.model_name_or_path is None
-    stage1 = os.path.join(os.path.dirname(args.output_dir), "stage1")
-    found = args.stage == 2 and os.path.isdir(stage1)
-    args.init = args.init or (stage1 if found else "identity")
+    args.init = args.init or "identity"
     look_at_the_data(args, tiny)
     for name in ("model_name_or_path", "vision_tower", "init"):     # the hub's, with the revision
         setattr(args, name, pinned(getattr(args, name)))

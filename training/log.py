@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoints.load import checkpoint_type, read_config
 from support.common import say
 from support.outputs import Lines
 from training.monitors import reporting
+from training.recipes import world_of_files
 
 SHOWN = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accuracy"}    # in the bar
 
@@ -27,6 +29,8 @@ SHOWN = {"loss": "loss", "rewards/margin": "margin", "rewards/accuracy": "accura
 def announce(run, start_name):
     """One line: what is trained, on how much, and how."""
     args, config = run.args, run.config
+    if start_name == args.init:
+        start_name += length_of(start_name)
     what = args.loss if args.stage is None else f"stage {args.stage}"
     numbers = sum(parameter.numel() for parameter in run.trained.values())
     say(f"{what} from {start_name}: {len(run.trained)} tensors trained ({', '.join(args.tune)}, "
@@ -35,6 +39,17 @@ def announce(run, start_name):
         f"{config['gradient_accumulation_steps']} × {dist.get_world_size()}, learning rate "
         f"{args.learning_rate:g}, {str(run.dtype).removeprefix('torch.')}, "
         f"ZeRO-{config['zero_optimization']['stage']}")
+
+
+def length_of(checkpoint):
+    """How long a checkpoint was trained, in brackets; nothing where it does not tell."""
+    if checkpoint_type(checkpoint) == "seed":
+        return ""
+    config = read_config(checkpoint)
+    steps, arguments = config.get("steps"), config.get("arguments") or {}
+    if steps and arguments.get("max_steps"):
+        return f" (ended by --max_steps at step {steps})"
+    return f" ({steps} steps, {arguments['num_train_epochs']:g} epochs)" if steps else ""
 
 
 class StepLog:
@@ -79,10 +94,10 @@ class StepLog:
             say(f"{self.run.steps} steps: {numbers}")
 
 
-def say_what_next(output_dir, folders):
+def say_what_next(args, folders):
     """The last line: how to evaluate what a command has trained."""
-    world = os.path.join(os.path.dirname(output_dir), "world")
-    files = "" if os.path.isdir(world) else " --coco_path … --pope_path …"
+    tiny = world_of_files(args.vg_path, args.data_path)
+    files = "" if tiny else " --coco_path … --pope_path …"
     installed = os.path.basename(sys.argv[0]).startswith("nanohadpo-")
     program = ["nanohadpo-pope"] if installed else ["python", "eval_pope.py"]
     say(f"done; look at it with: {shlex.join([*program, *folders])}{files}")

@@ -1,6 +1,7 @@
-"""What train.py takes where a flag was not typed: the recipe's numbers.
+"""What train.py takes where a flag was not typed: the recipe's numbers, the tiny world's place.
 
     fill_in_defaults(args)      # an argparse.Namespace, complete
+    tiny_root("runs/first")     # "out": there lie world, base and kept features
 """
 import os
 
@@ -35,7 +36,9 @@ def fill_in_defaults(args):
         args.keep_correct = tiny
     sweep = len(args.block) * len(args.learning_rate) > 1
     if (tiny or sweep) and args.cache_features is None:
-        args.cache_features = os.path.join(os.path.dirname(args.output_dir), "features")
+        beside = os.path.dirname(args.output_dir)
+        args.cache_features = os.path.join(tiny_root(args.output_dir) if tiny else beside,
+                                           "features")
     args.default_batch, args.default_micro = 128, 4
     if tiny and args.stage == 0:
         args.default_batch, args.max_steps = 32, args.max_steps or args.tiny_base_steps
@@ -43,3 +46,24 @@ def fill_in_defaults(args):
         args.default_micro = 128
     elif args.cache_features and not trains_trunk:
         args.default_micro = 16
+
+
+def tiny_root(output_dir):
+    """The folder that holds the tiny world, its tower, its base and what is kept of them.
+
+    It is out/, whatever the run's own folder is called. Another world is made by stage 0 with
+    --output_dir FOLDER/base; then it serves the runs in FOLDER.
+    """
+    beside, name = os.path.split(output_dir)
+    own = name == "base" or os.path.isdir(os.path.join(beside, "world"))
+    return beside if own else "out"
+
+
+def world_of_files(vg_path, data_path):
+    """The tiny world that a run's images or conversations lie in, or None: they are others."""
+    for path, depth in ((vg_path, 1), (data_path, 2)):
+        for _ in range(depth):
+            path = os.path.dirname(path or "")
+        if path and os.path.isfile(os.path.join(path, "world.json")):
+            return path
+    return None

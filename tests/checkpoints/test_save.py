@@ -132,7 +132,8 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, model, monkeypatch):
             save_weight(folder, model, 2)
     assert saved_value(folder) == 1
     save_weight(folder, model, 3)
-    assert saved_value(folder) == 3 and os.listdir(tmp_path) == ["stage1"]
+    assert saved_value(folder) == 3 and saved_value(f"{folder}-old1") == 1
+    assert set(os.listdir(tmp_path)) == {"stage1", "stage1-old1"}
 
 
 def test_a_save_that_stopped_before_its_last_step(tmp_path, model, monkeypatch):
@@ -155,9 +156,10 @@ def test_a_save_that_stopped_before_its_last_step(tmp_path, model, monkeypatch):
     assert set(os.listdir(tmp_path)) == {old.name, new.name}
     assert saved_value(old) == 1 and saved_value(new) == 2
     save.check_output_folder(folder)                    # the new one was whole: it takes its place
-    assert saved_value(folder) == 2 and os.listdir(tmp_path) == ["stage1"]
+    assert saved_value(folder) == 2 and saved_value(f"{folder}-old1") == 1
     save_weight(folder, model, 3)
-    assert saved_value(folder) == 3 and os.listdir(tmp_path) == ["stage1"]
+    assert saved_value(folder) == 3 and saved_value(f"{folder}-old2") == 2
+    assert set(os.listdir(tmp_path)) == {"stage1", "stage1-old1", "stage1-old2"}
 
 
 def test_what_is_written_is_read_again(tmp_path, monkeypatch):

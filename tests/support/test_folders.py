@@ -16,8 +16,7 @@ from support.folders import (
 )
 
 OWN = {"config.json": None, "trained.safetensors": None, "*.partial": None,
-       "vision_tower": {"config.json": None}}
-KEPT = {"pope": "*"}
+       "vision_tower": {"config.json": None}, "pope": "*"}
 
 
 class Killed(BaseException):
@@ -42,7 +41,7 @@ def fill(text):
 
 
 def replace(folder, text):
-    replace_folder(str(folder), fill(text), OWN, KEPT)
+    replace_folder(str(folder), fill(text), OWN)
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "runs/older/config.json", "vision_tower/notes.txt",
@@ -50,7 +49,7 @@ def replace(folder, text):
 def test_a_foreign_folder_is_refused_and_stays(tmp_path, name):
     folder = tmp_path / "runs"
     write(folder, **{name.replace("/", "__"): "mine"})
-    for attempt in (lambda: check_output(str(folder), OWN, KEPT), lambda: replace(folder, "new")):
+    for attempt in (lambda: check_output(str(folder), OWN), lambda: replace(folder, "new")):
         with pytest.raises(InputError, match="runs: holds .*not ours"):
             attempt()
     assert read(folder, name) == "mine" and os.listdir(tmp_path) == ["runs"]
@@ -59,7 +58,7 @@ def test_a_foreign_folder_is_refused_and_stays(tmp_path, name):
 @pytest.mark.parametrize("beside", [".out.nanohadpo-new", ".out.nanohadpo-old"])
 def test_a_foreign_folder_beside_is_refused_and_stays(tmp_path, beside):
     write(tmp_path / beside, thesis_dot_txt="mine")
-    for attempt in (lambda: check_output(str(tmp_path / "out"), OWN, KEPT),
+    for attempt in (lambda: check_output(str(tmp_path / "out"), OWN),
                     lambda: replace(tmp_path / "out", "new")):
         with pytest.raises(InputError, match="thesis.txt"):
             attempt()
@@ -74,15 +73,22 @@ def test_a_backup_that_somebody_made_stays(tmp_path):
     assert read(tmp_path, "out.partial", "config.json") == "out.partial"
 
 
-def test_results_stay_where_a_checkpoint_is_replaced(tmp_path):
+def test_what_was_finished_is_kept(tmp_path):
+    """With the results that are about it, under the next free name."""
     folder = tmp_path / "stage1"
     replace(folder, "first")
     write(folder, pope__metrics_dot_json="asked", pope__deep__x="y")
-    check_output(str(folder), OWN, KEPT)
+    check_output(str(folder), OWN)
     replace(folder, "second")
-    assert read(folder, "config.json") == "second"
-    assert read(folder, "pope", "metrics.json") == "asked" and read(folder, "pope/deep/x") == "y"
-    assert os.listdir(tmp_path) == ["stage1"]
+    assert read(folder, "config.json") == "second" and os.listdir(folder) == ["config.json"]
+    old = tmp_path / "stage1-old1"
+    assert read(old, "config.json") == "first"
+    assert read(old, "pope", "metrics.json") == "asked" and read(old, "pope/deep/x") == "y"
+    (tmp_path / "stage1-old2").write_text("mine")
+    replace(folder, "third")
+    assert read(folder, "config.json") == "third"
+    assert read(tmp_path / "stage1-old3", "config.json") == "second"
+    assert (tmp_path / "stage1-old2").read_text() == "mine" and len(os.listdir(tmp_path)) == 4
 
 
 def test_a_symlink_is_followed(tmp_path):
@@ -104,7 +110,7 @@ def test_what_cannot_be_replaced_is_said(tmp_path, monkeypatch):
                          ("file", "is a file"),
                          ("file/run", "file: .*cannot be written|Not a dir")):
         with pytest.raises(InputError, match=said):
-            check_output(folder, OWN, KEPT)
+            check_output(folder, OWN)
     assert read(tmp_path, "file") == "mine"
 
 
@@ -142,15 +148,20 @@ def test_a_kill_at_any_moment_loses_nothing(tmp_path, monkeypatch, at, first):
             replace(folder, "second")
         except Killed:
             pass
-    put_right(str(folder), OWN, KEPT)
+    put_right(str(folder), OWN)
     if first:
         assert not folder.exists() or read(folder, "config.json") == "second"
     else:
-        assert read(folder, "config.json") in ("first", "second")
-        assert read(folder, "pope", "metrics.json") == "asked"
-    assert os.listdir(tmp_path) in ([], ["stage1"])
+        second = read(folder, "config.json") == "second"
+        before = tmp_path / "stage1-old1" if second else folder
+        assert read(before, "config.json") == "first"
+        assert read(before, "pope", "metrics.json") == "asked"
+    left = set(os.listdir(tmp_path))
+    assert left <= {"stage1", "stage1-old1"}
     replace(folder, "third")
-    assert read(folder, "config.json") == "third" and os.listdir(tmp_path) == ["stage1"]
+    assert read(folder, "config.json") == "third"
+    old = {f"stage1-old{len(left)}"} if left else set()
+    assert set(os.listdir(tmp_path)) == {"stage1"} | left | old
 
 
 def test_foreign_files_looks_into_folders_of_ours(tmp_path):

@@ -16,8 +16,9 @@ from short_runs import logged, read_bytes
 import train
 from checkpoints.load import load_base
 from support.common import InputError
-from tiny import prepare, tower
+from tiny import places, prepare, tower
 from training.flags import parse_flags
+from training.recipes import tiny_root
 
 SIZES = ["--tiny_sizes", '{"sft": 48, "preference": 16, "validation": 2, "evaluation": 6}',
          "--tiny_tower", '{"images": 32, "epochs": 1}', "--tiny_base_steps", "3"]
@@ -51,8 +52,8 @@ def made(tmp_path_factory, in_this_process):
     """A world, its untrained model and its base, as the main job makes them."""
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--stage", "1", *SIZES, "--max_steps", "1",
-                                    "--output_dir", str(root / "stage1")])
+        patch.setattr(sys, "argv", ["train.py", "--stage", "0", *SIZES,
+                                    "--output_dir", str(root / "base")])
         train.main()
     return root
 
@@ -128,7 +129,7 @@ def test_other_sizes_than_the_worlds_are_refused(made, main):
     for flag, value in (("--tiny_sizes", '{"sft": 96}'), ("--tiny_base_steps", "7"),
                         ("--tiny_tower", '{"images": 64}'), ("--tiny_projector", "16")):
         before = sorted(os.listdir(made))
-        with pytest.raises(InputError, match=f"{flag}.*--output_dir") as error:
+        with pytest.raises(InputError, match=f"{flag}.*--stage 0 {flag}.*/base, and") as error:
             main("--stage", 1, flag, value, "--output_dir", made / "other")
         print(error.value)
         assert sorted(os.listdir(made)) == before
@@ -160,7 +161,7 @@ def test_another_seed_is_refused_before_anything_is_made(world_only, main, monke
                         lambda *args: pytest.fail("a tower is trained"))
     before = sorted(os.listdir(world_only))
     for stage in (0, 1):
-        with pytest.raises(InputError, match="--seed 42, not 7.*seed7"):
+        with pytest.raises(InputError, match="--seed 42, not 7.*out/seed7/base"):
             main("--stage", stage, "--seed", 7, *SIZES, "--output_dir", world_only / "run")
     assert sorted(os.listdir(world_only)) == before
 
@@ -244,6 +245,52 @@ def test_stage_0_needs_its_untrained_model_only_once(made, tmp_path, main):
     main("--stage", 0, *SIZES, "--max_steps", 1, "--output_dir", tmp_path / "mine")
     assert weights(tmp_path / "untrained") == weights(made / "untrained")
     assert weights(tmp_path / "base") == weights(made / "base")
+
+
+# ---- The one place of the tiny world ------------------------------------------------------------
+
+
+def test_the_world_has_one_place(world_only, made, main, monkeypatch, capsys):
+    """out/, whatever the run's folder is called: nothing is made a second time, and the checkpoint
+    finds its world.
+    """
+    monkeypatch.chdir(world_only)
+    os.makedirs("out")
+    for name in ("world", "untrained"):
+        os.rename(name, f"out/{name}")
+    shutil.copytree(made / "base", "out/base")
+    for folder in ("runs/first", f"{world_only}/elsewhere/deep/second", "third"):
+        main("--stage", 1, *SIZES, "--max_steps", 1, "--output_dir", folder)
+        assert places.world_beside(folder) == ("out/world", folder)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith(f"python eval_pope.py {folder}")
+    assert sorted(os.listdir()) == ["elsewhere", "out", "runs", "third"]
+    assert os.listdir("runs") == ["first"] and os.listdir("elsewhere/deep") == ["second"]
+    assert sorted(os.listdir("out")) == ["base", "features", "untrained", "world"]
+
+
+def test_a_world_beside_the_output_is_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("other/world")
+    assert [tiny_root(path) for path in ("other/stage1", "other/base", "runs/base", "runs/a", "a")
+            ] == ["other", "other", "runs", "out", "out"]
+
+
+def test_stage_2_starts_where_init_says(made, main, capsys):
+    """A stage 1 beside it changes nothing; if it is named, its length is said."""
+    main("--stage", 1, *SIZES, "--max_steps", 1, "--output_dir", made / "stage1")
+    capsys.readouterr()
+    main("--stage", 2, *SIZES, "--max_steps", 1, "--output_dir", made / "plain")
+    assert "stage 2 from an identity block:" in capsys.readouterr().out
+    main("--stage", 2, *SIZES, "--max_steps", 1, "--output_dir", made / "on",
+         "--init", made / "stage1")
+    said = capsys.readouterr().out
+    assert f"stage 2 from {made}/stage1 (ended by --max_steps at step 1):" in said
+    main("--stage", 2, *SIZES, "--num_train_epochs", 0.1, "--output_dir", made / "on2",
+         "--init", made / "stage1")
+    main("--stage", 2, *SIZES, "--max_steps", 1, "--output_dir", made / "on3",
+         "--init", made / "on2")
+    assert f"stage 2 from {made}/on2 (1 steps, 0.1 epochs):" in capsys.readouterr().out
 
 
 # ---- Folders of the tiny world's own -------------------------------------------------------------

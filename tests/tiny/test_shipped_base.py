@@ -18,9 +18,10 @@ import train
 from checkpoints.load import load_base
 from support.common import InputError, write_json
 from support.tensors import read_file
-from tiny import prepare, world
+from tiny import places, world
+from tiny.places import SHIPPED_BASE
 from tiny.preferences import Pairs
-from tiny.prepare import SHIPPED_BASE, mined_from
+from tiny.prepare import mined_from
 from tiny.world import Sizes, draw_supervised, make_world
 
 FEW = Sizes(sft=40, preference=12, validation=2, evaluation=8)
@@ -76,21 +77,23 @@ def test_it_is_asked_at_once(typed, small_world, capsys):
 
 
 def test_its_world_is_drawn_where_none_is(typed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "Sizes", lambda: FEW)
+    monkeypatch.setattr(places, "Sizes", lambda: FEW)
     monkeypatch.chdir(tmp_path)
-    assert prepare.world_beside(SHIPPED_BASE) == ("out/world", "out")
+    assert places.world_beside(SHIPPED_BASE) == ("out/world", "out")
     assert "drawing it (seed 42" in capsys.readouterr().out
     assert not os.path.exists("out/world/llava/images")
-    assert prepare.world_beside("runs/7/stage2") == ("runs/7/world", "runs/7")       # no folder
+    assert places.world_beside("runs/7/stage2") == ("out/world", "runs/7")          # no folder
     os.makedirs("runs/7/stage2")
-    assert prepare.world_beside("runs/7/stage2") == ("runs/7/world", "runs/7/stage2")
+    assert places.world_beside("runs/7/stage2") == ("out/world", "runs/7/stage2")
+    os.makedirs("runs/7/world")
+    assert places.world_beside("runs/7/stage2") == ("runs/7/world", "runs/7/stage2")
 
 
 def test_another_worlds_seed_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_world("out/world", 7, FEW, supervised=False, progress=False)
     with pytest.raises(InputError, match="out/world: was made with --seed 7.*--coco_path"):
-        prepare.world_beside(SHIPPED_BASE)
+        places.world_beside(SHIPPED_BASE)
 
 
 def test_runs_start_from_it(typed, small_world):
@@ -106,14 +109,14 @@ def test_runs_start_from_it(typed, small_world):
         "fingerprint": config["fingerprint"], "pairs": asdict(Pairs())}
     for flags in (["--seed", 7], ["--tiny_base_steps", 3], ["--tiny_sizes", '{"sft": 9}']):
         args = train.parse_flags([str(flag) for flag in ["--stage", 1, *flags]])
-        assert not prepare.ships_base_of(args)
+        assert not places.ships_base_of(args)
 
 
 def test_its_path_is_short_in_the_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    assert prepare.shipped_base() == "tiny/base"
+    assert places.shipped_base() == "tiny/base"
     monkeypatch.chdir(tmp_path)
-    assert prepare.shipped_base() == SHIPPED_BASE
+    assert places.shipped_base() == SHIPPED_BASE
 
 
 def mined(folder, base, pairs):

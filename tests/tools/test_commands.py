@@ -49,7 +49,7 @@ def test_train_pope_and_chat(site, world, tmp_path):
 
 def test_everything_is_from_the_package(site, tmp_path):
     """Modules, the shipped base and the report's template."""
-    code = ("import model, train, tools.chat, tools.report; from tiny.prepare import SHIPPED_BASE;"
+    code = ("import model, train, tools.chat, tools.report; from tiny.places import SHIPPED_BASE;"
             "print(model.__file__, train.__file__, tools.chat.__file__, SHIPPED_BASE)")
     done = run(site, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr[-2000:]

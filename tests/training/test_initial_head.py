@@ -76,12 +76,6 @@ CONFLICTS = {       # flags, where FOLDER has what is brought; what is said
                ("--block full", "--init FOLDER/self_attn", "self_attn", "--init identity")),
     "--init, no block wanted": (["--stage", "2", "--init", "FOLDER/self_attn", "--block", "head"],
                                 ("--block head", "self_attn", "--init identity")),
-    "the default stage 1": (["--stage", "2", "--output_dir", "FOLDER/stage2", "--block", "full"],
-                            ("--block full", "FOLDER/stage1", "no_cross_attn",
-                             "--init identity")),
-    "the default stage 1, no block": (
-        ["--stage", "2", "--output_dir", "FOLDER/stage2", "--block", "head"],
-        ("--block head", "FOLDER/stage1", "no_cross_attn")),
     "the base": (["--stage", "1", "--block", "full", "--model_name_or_path", "FOLDER/whole"],
                  ("--block full", "the base FOLDER/whole", "no_cross_attn", "another base")),
     "the base, LoRA": (["--lora_r", "4", "--block", "self_attn", "--model_name_or_path",

@@ -64,7 +64,8 @@ def test_a_runs_folder_of_somebody_else_is_refused(world, tmp_path):
     assert (tmp_path / "out.run" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_second_run_keeps_the_answers_of_the_first(world, tmp_path, capsys):
+def test_a_second_run_keeps_the_first(world, tmp_path, capsys):
+    """With its answers, under a name that is said before training."""
     output = tmp_path / "stage1"
     run_train(*flags(world, output))
     (output / "pope").mkdir()
@@ -72,10 +73,12 @@ def test_a_second_run_keeps_the_answers_of_the_first(world, tmp_path, capsys):
     capsys.readouterr()
     run_train(*flags(world, output, "--learning_rate", 1e-2))
     said = capsys.readouterr().out
-    assert "a checkpoint is there already" in said and "about the checkpoint before" in said
-    assert (output / "pope" / "metrics.json").read_text() == "{}"
-    assert load_json(output / "config.json")["arguments"]["learning_rate"] == 1e-2
-    assert sorted(os.listdir(tmp_path)) == ["stage1"]
+    assert f"{output}: a checkpoint is there already; it will be {output}-old1 when" in said
+    old, new = (load_json(folder / "config.json")["arguments"]["learning_rate"]
+                for folder in (tmp_path / "stage1-old1", output))
+    assert (tmp_path / "stage1-old1" / "pope" / "metrics.json").read_text() == "{}"
+    assert old != new == 1e-2 and not (output / "pope").exists()
+    assert sorted(os.listdir(tmp_path)) == ["stage1", "stage1-old1"]
 
 
 def test_a_symlink_stays_one(world, tmp_path):
