@@ -3,10 +3,10 @@
     python bench/bench_voco.py --jobs 16                    # 20 models; then the table
     python bench/bench_voco.py --tokens 1 36 --seeds 46
 
-Each seed has its own world and tower. From there each model is trained by stage 0, with the same
-conversations and the same number of steps: with all tokens of the image as the tiny base is, else
-with --voco N. A model with <voco> tokens is asked in two passes (training/compressed.py): POPE's
-questions and CHAIR's descriptions, of which none sees the image.
+Each seed has its own world, tower and base. From this base stage 0 trains each model on, with the
+same conversations and as many steps again: with all tokens of the image, or with --voco N. A model
+with <voco> tokens is asked in two passes (training/compressed.py): POPE's questions and CHAIR's
+descriptions, of which none sees the image.
 
 Each model appends a line to --output_dir/results.jsonl, and what stands there is not made again, so
 an interrupted experiment goes on. --jobs processes work at the same time, each on one core and,
@@ -32,19 +32,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import train
-from bench.effect import SMALL, begin, run_train
+from bench.effect import SMALL_STEPS, begin, make_base, run_train
 from bench.effect_asked import asked, judge, load, questions_of
 from bench.effect_rows import read_results
 from bench.effect_table import mean_and_sd
 from support.common import run_program
-from tiny.prepare import TINY_LLAVA, prepare_tiny_world
-from training.engine import start_deepspeed
-from training.flags import parse_flags
+from tiny.prepare import TINY_LLAVA
 
 IMAGE = TINY_LLAVA.vision.num_patches           # tokens of an image that is not compressed
 TOKENS = (IMAGE, 8, 4, 2, 1)
 SEEDS = (46, 47, 48, 49)
+STEPS, RATE = 1000, 2e-3        # as the base before: two epochs of 16,000 conversations, 32 at once
 SETS = "random", "popular", "adversarial"
 COLUMNS = {"random/accuracy": "random", "popular/accuracy": "popular",
            "adversarial/accuracy": "adversarial", "adversarial/f1": "F1", "adversarial/auc": "AUC",
@@ -56,22 +54,20 @@ TIMES = {"one_pass": "POPE in one pass", "first_pass": "compressing",
 # ---- One model -----------------------------------------------------------------------------------
 
 
-def flags_of(root, seed, tokens, small):
+def flags_of(root, seed, tokens, steps):
     """train.py's flags for one model."""
     voco = [] if tokens == IMAGE else ["--voco", str(tokens)]
-    return ["--stage", "0", "--no-bf16", "--seed", str(seed), "--dataloader_num_workers", "0",
-            *voco, *(SMALL if small else ()), "--output_dir", model_folder(root, tokens)]
+    return ["--stage", "0", *voco, "--model_name_or_path", os.path.join(root, "base"),
+            "--data_path", os.path.join(root, "world", "llava", "train.json"),
+            "--image_folder", os.path.join(root, "world", "llava", "images"),
+            "--learning_rate", str(RATE), "--max_steps", str(steps), "--seed", str(seed),
+            "--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "1",
+            "--no-bf16", "--dataloader_num_workers", "0",
+            "--output_dir", model_folder(root, tokens)]
 
 
 def model_folder(root, tokens):
     return os.path.join(root, f"tokens{tokens}")
-
-
-def prepare(root, seed, small):
-    """The seed's world, and the untrained model that all of its models start from."""
-    args = parse_flags(flags_of(root, seed, 1, small))
-    _, device = start_deepspeed()
-    prepare_tiny_world(args, train.train, device)
 
 
 def make(args, seed, tokens):
@@ -82,7 +78,7 @@ def make(args, seed, tokens):
     checkpoint = model_folder(root, tokens)
     try:
         if not os.path.isdir(checkpoint):
-            run_train(flags_of(root, seed, tokens, args.small))
+            run_train(flags_of(root, seed, tokens, SMALL_STEPS if args.small else STEPS))
         line = judge(root, checkpoint, False, tokens != IMAGE and f"{checkpoint}-compressed")
     except Exception:           # one model must not end the others
         traceback.print_exc()
@@ -190,7 +186,7 @@ def main(argv=None):
     start = spawn.Value("i", 0), torch.cuda.device_count(), logs
     with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
             tqdm(total=total, desc="models", unit="model") as bar:
-        worlds = {pool.submit(prepare, os.path.join(args.output_dir, f"seed{seed}"), seed,
+        worlds = {pool.submit(make_base, os.path.join(args.output_dir, f"seed{seed}"), seed, 0,
                               args.small): seed for seed, tokens in missing.items() if tokens}
         models = []
         for future in as_completed(worlds):

@@ -17,10 +17,13 @@ from data import (
     Batch,
     Example,
     PackedDataset,
+    Row,
     Tokenizer,
     collate,
+    encode_compressed,
     encode_conversation,
     pack,
+    prefix_branches,
 )
 from evals.sampling import Conversation, Sampling
 from llama import KVCache, branch_mask, rotary_embedding
@@ -256,14 +259,43 @@ def test_a_chat_is_the_same_row(world, tokenizer):
     model = as_llava(trunk, head, tokenizer=tokenizer,
                      preprocess=row_format(trunk.config, tokenizer).preprocess)
     image = f"{world.images}/{load_json(world.llava)[0]['image']}"
-    conversation = Conversation(model, head, image)
-    questions, said = ("Is there a dog in the image?", "Is there a cat in the image?"), []
-    for n, question in enumerate(questions):
-        ids = list(conversation.answer(question, Sampling(max_new_tokens=6)))
-        text = IMAGE + "\n" + question if n == 0 else question
-        dataset = PackedDataset([Example(image, [[*said, (text, None)]])], model.row_format())
-        if n == 0:
-            (tokens, _), = generate(trunk, [head], dataset[[0]], 6)
-            assert tokens == [[ids]]
-        said.append((text, tokenizer.decode(ids) or "-"))
-    assert conversation.ids.count(VOCO_ID) == 2
+    conversation, first = Conversation(model, head, image), "Is there a dog in the image?"
+    said = list(conversation.answer(first, Sampling(max_new_tokens=6)))
+    dataset = PackedDataset([Example(image, [[(f"{IMAGE}\n{first}", None)]])], model.row_format())
+    (tokens, _), = generate(trunk, [head], dataset[[0]], 6)
+    assert tokens == [[said]]
+
+    # The second turn, greedy without a cache: each token from a whole row.
+    ids = [*conversation.ids, *conversation.turn("And a cat?")]
+    said = list(conversation.answer("And a cat?", Sampling(max_new_tokens=6)))
+    expected = []
+    while len(expected) < 6:
+        row = Row(ids + expected, list(range(len(ids + expected))), prefix_branches(ids + expected),
+                  [], [], [], [len(ids + expected) - 1], image)
+        batch = collate([row], model.preprocess)
+        token = int(head(trunk(batch)[0][:, batch.ends[0, 0]]).argmax())
+        if token == EOS:
+            break
+        expected.append(token)
+    assert said == expected and len(said) > 1 and conversation.ids.count(VOCO_ID) == 2
+
+
+def test_beams_search_behind_the_tokens(world, tokenizer):
+    """One beam is greedy decoding; two find an answer that is at least as likely."""
+    trunk, head = small_llava(4, 2, vocab_size=len(tokenizer) + 1, num_voco=2)
+    model = as_llava(trunk, head, tokenizer=tokenizer,
+                     preprocess=row_format(trunk.config, tokenizer).preprocess)
+    image = f"{world.images}/{load_json(world.llava)[0]['image']}"
+    question = [(f"{IMAGE}\nIs there a dog in the image?", None)]
+    ids, _ = encode_compressed(model.row_format(), question)
+    likely = {}
+    for beams in 1, 4:
+        conversation = Conversation(model, head, image)
+        said = list(conversation.answer("Is there a dog in the image?",
+                                        Sampling(num_beams=beams, max_new_tokens=3)))
+        assert len(said) == 3
+        sequence = (ids + said, [IGNORE] * len(ids) + said)
+        batch = collate([pack([sequence], PATCHES, 256, image)], model.preprocess)
+        logits = head(*answer_states(head, *trunk(batch), batch))[0]
+        likely[beams] = float(logits.log_softmax(-1)[range(3), said].sum())
+    assert likely[4] >= likely[1] - 1e-5

@@ -63,32 +63,34 @@ def prepare_tiny_world(args, train, device):
     """Make what is missing, then set the paths in `args` → whether that was all that was asked for.
 
     `train`: train.py's function for one run. InputError if what is there has another --seed or
-    other sizes. Stage 0 with flags of its own starts from the untrained model, as the base did.
+    other sizes. Stage 0 with flags of its own starts from the untrained model, as the base did;
+    with --voco from the base, which has learnt to see.
     """
     check_sizes(args)
     root, first = tiny_root(args.output_dir), dist.get_rank() == 0
     world, untrained, base = (os.path.join(root, name) for name in ("world", "untrained", "base"))
     only_base = args.stage == 0 and args.output_dir == base
     own_stage_0 = args.stage == 0 and not only_base
+    anew = own_stage_0 and not args.voco
     refuse_other_sizes(args, world, untrained, base)
-    if not os.path.isdir(base) and args.stage != 0 and ships_base_of(args):
+    if not os.path.isdir(base) and not (anew or only_base) and ships_base_of(args):
         base = shipped_base()
     supervised = own_stage_0 or not os.path.isdir(base)
     if first:
         draw_world(world, args.seed, Sizes(**args.tiny_sizes), supervised)
-    if first and supervised and not os.path.isdir(untrained):
+    if first and (anew or not os.path.isdir(base)) and not os.path.isdir(untrained):
         print(f"no untrained model in {untrained}: pre-training a vision tower (once; two minutes "
               "on two cores)", flush=True)
         make_untrained_base(untrained, world, device, args)
     dist.barrier()
 
     # Stage 0's data; the base; what the base says, which is the others' data.
+    if not anew and not os.path.isdir(base):
+        train(stage_0(args, untrained, base))
     if own_stage_0:
-        args.model_name_or_path = untrained
+        args.model_name_or_path = untrained if anew else base
         name_conversations(args, world)
         return False
-    if not os.path.isdir(base):
-        train(stage_0(args, untrained, base))
     args.model_name_or_path = base
     args.vg_path = os.path.join(world, "VG")
     if first and not (args.data_path or args.pope_data_path and args.desc_data_path):

@@ -16,7 +16,7 @@ REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6]),
 # Of the tiny world, chosen on validation images.
 TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
         1: dict(learning_rate=[2e-3], num_train_epochs=5, sft_weight=10.0, warmup_ratio=0.0)}
-TINY |= {2: TINY[1], "voco": TINY[0],
+TINY |= {2: TINY[1], "voco": TINY[0] | dict(learning_rate=[2e-3]),
          "trunk": TINY[1] | dict(learning_rate=[1e-3], num_train_epochs=1, sft_weight=1.0)}
 
 

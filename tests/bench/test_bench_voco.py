@@ -14,11 +14,18 @@ def line(tokens, seed, accuracy):
     return {"tokens": tokens, "seed": seed, "numbers": numbers, "right": {}}
 
 
-def test_models_differ_in_their_tokens_alone():
+def test_models_differ_in_their_tokens_alone(tmp_path):
     assert (IMAGE, set(TOKENS), SEEDS) == (36, {1, 2, 4, 8, 36}, (46, 47, 48, 49))
-    whole, two = (vars(parse_flags(flags_of("out/voco/seed46", 46, n, False))) for n in (IMAGE, 2))
+    root = str(tmp_path)
+    for name in "base", "world/llava/images":
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "world" / "llava" / "train.json").write_text("[]")
+    whole, two = (vars(parse_flags(flags_of(root, 46, n, 1000))) for n in (IMAGE, 2))
     differ = {name for name in whole if whole[name] != two[name]}
-    assert differ == {"voco", "output_dir"} and two["voco"] == 2 and whole["voco"] is None
+    # Epochs are not counted where steps are named.
+    assert differ == {"voco", "output_dir", "num_train_epochs"}
+    assert two["voco"] == 2 and whole["voco"] is None and two["max_steps"] == 1000
     assert whole["stage"] == 0 and whole["seed"] == 46
 
 
@@ -57,7 +64,7 @@ def test_a_small_run(tmp_path, in_this_process, monkeypatch):
     """One model, from its world to its lines, in this process."""
     args = bench_voco.argparse.Namespace(output_dir=str(tmp_path), small=True)
     monkeypatch.setattr("tiny.tower.TEST_IMAGES", 200)
-    bench_voco.prepare(str(tmp_path / "seed46"), 46, True)
+    bench_voco.make_base(str(tmp_path / "seed46"), 46, 0, True)
     made = bench_voco.make(args, 46, 2)
     timed = bench_voco.time_model(args, 46, 2)
     with open(tmp_path / "results.jsonl") as file:

@@ -310,3 +310,16 @@ def test_its_own_folders_are_no_output(made, main, name, stage):
 def test_real_models_may_be_written_anywhere(world):
     """Only the tiny world has folders of its own."""
     assert parse_flags(["--output_dir", "out/base", *dpo_flags(world)]).output_dir == "out/base"
+
+
+def test_voco_starts_from_the_base(made, tmp_path, main):
+    """It has learnt to see; the untrained model is not needed."""
+    for name in "world", "base":
+        shutil.copytree(made / name, tmp_path / name)
+    before = weights(tmp_path / "base")
+    main("--stage", 0, "--voco", 2, *SIZES, "--max_steps", 1, "--output_dir", tmp_path / "voco")
+    config = load_json(tmp_path / "voco" / "config.json")
+    assert config["num_voco"] == 2
+    assert config["arguments"]["model_name_or_path"] == str(tmp_path / "base")
+    assert config["arguments"]["num_train_epochs"] == 2 and weights(tmp_path / "base") == before
+    assert sorted(os.listdir(tmp_path)) == ["base", "voco", "world"]
