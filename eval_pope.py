@@ -40,6 +40,7 @@ from checkpoints.load import (
     trained_folders,
     weights_of,
 )
+from checkpoints.quantised import BITS, BITS_HELP
 from data import IMAGE, Example, PackedDataset
 from model import Llava, answer
 from support.calibration import calibration
@@ -249,7 +250,7 @@ def evaluate(args):
 
     # The model; every process has a whole one.
     device, dtype = device_and_dtype(args.bf16)
-    source = Source(args.checkpoints, args.model_name_or_path, args.vision_tower)
+    source = Source(args.checkpoints, args.model_name_or_path, args.vision_tower, args.bits)
     model = load_all(source, device, dtype)
 
     # The answers. The journal keeps them from the moment they are there.
@@ -315,6 +316,7 @@ def flags(doc):
         help="how is asked: HA-DPO's bare question, or LLaVA's for a single word")
     add("--max_new_tokens", type=Number("--max_new_tokens", int, above=0),
         help="an answer's length at most; default: the protocol's, 512 or 128")
+    add("--bits", type=int, choices=BITS, help=BITS_HELP)
     add("--batch_size", type=Number("--batch_size", int, above=0),
         help="images at once; default: what fits")
     add("--compressed", metavar="FOLDER", help="of a base with <voco> tokens: compress each image "

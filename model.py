@@ -50,6 +50,7 @@ class LlavaConfig:
     pad_images: bool = True
     template: str = "v1"              # support/templates.py
     image_start_end: bool = False     # <im_start> and <im_end>, the last two embeddings (LLaVA v1)
+    bits: int = 16                    # that hold a weight of LLaMA's linears: 4, 8, or 16 and more
     num_voco: int = 0                 # VoCo-LLaMA's tokens an image; <voco> is the last embedding
 
     def block_config(self, **changes):

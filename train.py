@@ -40,6 +40,7 @@ import torch.distributed as dist
 
 from checkpoints.identity import identity_of
 from checkpoints.load import load_base, load_trained
+from checkpoints.quantised import in_bits
 from checkpoints.save import save_base, save_trained
 from data import IGNORE, Example, PackedDataset, read_hadpo
 from dpo import Loss, Objective
@@ -62,7 +63,7 @@ from training.engine import (
 )
 from training.features import keep_features, load_trunk
 from training.flags import combinations, parse_flags
-from training.guards import Guards, warn_of_cut_rows
+from training.guards import Guards, refuse_few_bits, warn_of_cut_rows
 from training.log import StepLog, announce, gradient_norm, mean_of_all_ranks, say_what_next
 from training.lora import add_lora
 from training.monitors import of_run
@@ -133,9 +134,10 @@ def train(args):
     def load():
         base = load_base(args.model_name_or_path, args.vision_tower, dtype, device,
                          read_trunk=False)
-        return with_voco(base, args.voco) if args.voco else base
+        return in_bits(with_voco(base, args.voco) if args.voco else base, args.bits)
 
     model = load()
+    refuse_few_bits(args.tune, model.config.bits, config["zero_optimization"]["stage"])
     dataset = PackedDataset(examples, model.row_format(), always_image=True)
     runs = [Run(one, of_run(config, one), model, dataset, device, dtype)
             for one in combinations(args)]

@@ -38,7 +38,8 @@ def settings_of(config, block_config=None, preprocess=None):
     if block_config:
         named["block"] = block_config
     settings = asdict(config.text) | {
-        name: value for name, value in vars(config).items() if name not in ("text", "vision")}
+        name: value for name, value in vars(config).items()
+        if name not in ("text", "vision", "bits")}
     for part, values in named.items():
         settings |= {f"{part}.{name}": value for name, value in asdict(values).items()}
     settings = {name: value for name, value in settings.items()
@@ -106,7 +107,7 @@ def head_digest(head):
 
 def identity_of(model, head, examples):
     """What a run is made from → {name: JSON value}. `head`: the one that it starts from."""
-    return base_of_model(model) | {"initial head": head_digest(head),
+    return base_of_model(model) | {"initial head": head_digest(head), "bits": model.config.bits,
                                    "data": data_digest(examples, model.tokenizer)}
 
 
@@ -116,7 +117,8 @@ def identity_of(model, head, examples):
 def told_identity(values, path):
     """The identity that a file's `values` tell of; {} without one. InputError if it is none."""
     identity = typed(values, "identity", dict, path) or {}
-    for name, kind in (("base", str), ("settings", dict), ("initial head", str), ("data", str)):
+    kinds = {"base": str, "settings": dict, "initial head": str, "data": str, "bits": int}
+    for name, kind in kinds.items():
         typed(identity, name, kind, path)
     return identity
 
@@ -133,6 +135,9 @@ def differences(before, now):
     # A fingerprint of an earlier version has no second half.
     if not told and "-" in base and base != now["base"] and not found:
         found.append("the base's settings are others")
+    if before.get("bits", 16) != now.get("bits", before.get("bits", 16)):
+        found.append(f"LLaMA's linears were held in {before.get('bits', 16)} bits and are in "
+                     f"{now['bits']}")
     words = {"initial head": "the head that it starts from is another",
              "data": "the data are others"}
     for name, text in words.items():

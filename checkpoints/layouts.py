@@ -18,6 +18,7 @@ import math
 import os
 from dataclasses import fields
 
+from checkpoints.quantised import refuse_quantised, with_packed
 from clip_vit import TOWER
 from llama import LlamaConfig
 from post_decoder import BlockConfig
@@ -67,8 +68,8 @@ def read_tensors(folder):
                          f"with their index if sharded); {cure}")
     tensors = {}
     for path in paths:
-        tensors |= read_file(path)
-    return our_names(tensors)
+        tensors |= read_file(path, nf4=True)
+    return our_names(with_packed(tensors, folder))
 
 
 # (prefix of a public key, our prefix). The first that fits is used; if none fits, the key is ours.
@@ -188,17 +189,6 @@ def refuse_others(values, built, path):
         if values.get(name) not in (None, only):
             raise InputError(f"{path}: {name} is {json.dumps(values[name])} and only "
                              f"{json.dumps(only)} is built here; name a LLaVA-1.5 checkpoint")
-
-
-def refuse_quantised(values, path):
-    """InputError if a config.json says that its weights are quantised."""
-    quantised = values.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise InputError(f"{path}: quantization_config says that the weights are quantised "
-                         f"({method or json.dumps(quantised)}), which is not built here; name the "
-                         "checkpoint in 16 or 32 bits that it was made from (if this is it, remove "
-                         "quantization_config)")
 
 
 def llama_config(values, path):

@@ -36,6 +36,7 @@ from checkpoints.layouts import (
     typed,
     weight_files,
 )
+from checkpoints.quantised import in_bits
 from checkpoints.towers import Tower, find_tower, image_processor
 from checkpoints.weights import attach_weights, load_weights
 from clip_vit import TOWER
@@ -43,6 +44,7 @@ from data import Tokenizer
 from model import Head, Llava, LlavaConfig, Trunk
 from post_decoder import BlockConfig
 from support.common import InputError, check_file, file_digest, read_json
+from support.folders import names_of
 from support.tensors import LazyTensor, read_file, refuse_gguf
 
 # ---- Bases ---------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ class BaseFiles:
         attach_weights(head, of_head, folder, dtype, device)
         attach_weights(trunk.vision_tower, of_tower, tower.source, dtype, device)
         attach_weights(trunk.model, of_llama, folder, dtype, device)
-        return Llava(trunk, {"base": head}, tokenizer, preprocess, fingerprint="")
+        return in_bits(Llava(trunk, {"base": head}, tokenizer, preprocess, fingerprint=""))
 
 
 def read_base(folder, vision_tower=None, adapter=None):
@@ -167,9 +169,11 @@ def load_base(folder, vision_tower=None, dtype=None, device="cpu", adapter=None,
         files = files.with_adapter(adapter, dtype)
     model = files.model(dtype, device)
     load_weights(model.head)
-    if read_trunk:
+    if read_trunk and model.config.bits == 16:
         load_weights(model.trunk)
     model.fingerprint = fingerprint(model.trunk, model.head, model.preprocess)
+    if read_trunk:                      # what is held in few bits is recognised by its file alone
+        load_weights(model.trunk)
     return model
 
 
@@ -260,6 +264,7 @@ class Source:
     checkpoints: list
     model_name_or_path: str = None       # the base, where it is not the one that a checkpoint names
     vision_tower: str = None
+    bits: int = None                     # of LLaMA's linears; None: as the files are
 
 
 def checkpoints_among(paths):
@@ -296,7 +301,8 @@ def load_all(source, device, dtype):
     base, = bases
     towers = [tower_of(path, source.vision_tower) for path in paths]
     tower = next((name for name in towers if name), None)
-    model = load_base(base, tower, dtype, device, adapter)
+    model = load_base(base, tower, dtype, device, adapter, read_trunk=not source.bits)
+    load_weights(in_bits(model, source.bits).trunk)
     if adapter:
         model.heads = {"adapter": model.head}
     trained = [path.rstrip("/") for path in paths if is_trained(path)]
@@ -318,7 +324,9 @@ def load_whole(source):
     path, = source.checkpoints
     what, base = checkpoint_type(path), base_of(path, source.model_name_or_path)
     tower = tower_of(path, source.vision_tower)
-    model = load_base(base, tower, adapter=path if what == "adapter" else None)
+    model = load_base(base, tower, adapter=path if what == "adapter" else None,
+                      read_trunk=not source.bits)
+    load_weights(in_bits(model, source.bits).trunk)
     if what in ("trained", "seed"):
         model.heads = {"trained": load_trained(path, model)}
     return model
@@ -328,20 +336,3 @@ def trained_folders(names, paths):
     """{model's name: its path} of what `load_all` has loaded; the base is not among them."""
     trained = [path for path in paths if checkpoint_type(path) != "base"]
     return dict(zip([name for name in names if name != "base"], trained, strict=True))
-
-
-def names_of(paths, taken):
-    """A name for each path, unlike all others and unlike those `taken`: its last part, if it can.
-    """
-    names = [os.path.basename(path).partition("@")[0] for path in paths]
-    if len(set(names)) < len(names):        # two runs may have a folder of the same name
-        names = [path.replace("/", "-").lstrip(".-") for path in paths]
-    used = set(taken)
-    for n, (name, path) in enumerate(zip(names, paths, strict=True)):
-        if name in used:
-            name = os.path.abspath(path).replace("/", "-").lstrip("-")
-        while name in used:
-            name += "-2"
-        names[n] = name
-        used.add(name)
-    return names

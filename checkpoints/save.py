@@ -13,6 +13,7 @@ from dataclasses import asdict
 from checkpoints.card import refuse_other_readme, write_card
 from checkpoints.hub import is_name
 from checkpoints.layouts import OURS, TRAINED_FILE
+from checkpoints.quantised import QUANTISATION, packed_tensors
 from checkpoints.versions import version_settings
 from llama import LINEARS
 from support.common import InputError, read_json, say, write_json
@@ -51,7 +52,8 @@ def save_base(folder, model, tensors=None, arguments=None, identity=None):
     `identity` of a run (identity.py): they stand there as more entries.
     """
     trunk, head, config = model.trunk, model.head, model.config
-    tensors = tensors or dict(trunk.state_dict()) | dict(head.state_dict())
+    tensors = tensors or (dict(trunk.state_dict()) | packed_tensors(trunk)
+                          | dict(head.state_dict()))
     tower, rest = {}, {}
     for name, tensor in tensors.items():
         if name.startswith("vision_tower."):
@@ -63,6 +65,8 @@ def save_base(folder, model, tensors=None, arguments=None, identity=None):
               "mm_projector_hidden_size": config.projector_hidden_size,
               "mm_vision_select_layer": config.select_layer, "mm_vision_select_feature": "patch",
               "tokenizer_model_max_length": config.max_length}
+    if config.bits < 16:
+        values["quantization_config"] = QUANTISATION
     if head.block_config:
         values["post_interaction_block"] = asdict(head.block_config)
     if arguments:

@@ -15,13 +15,8 @@ that lie beside them, are refused by their name. The original ignores one of the
 import json
 import re
 
-from checkpoints.layouts import (
-    BUILT,
-    llama_config,
-    refuse_others,
-    refuse_quantised,
-    typed,
-)
+from checkpoints.layouts import BUILT, llama_config, refuse_others, typed
+from checkpoints.quantised import refuse_quantised
 from checkpoints.voco import added_tokens, num_voco
 from data import BOS, EOS
 from model import LlavaConfig

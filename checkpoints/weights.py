@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from checkpoints.quantised import read_linear
 from support.common import InputError, progress
+from support.packed import PackedLinear
 
 
 def attach_weights(module, tensors, source, dtype=None, device="cpu"):
@@ -42,26 +44,34 @@ def load_weights(module):
 
     InputError if one of them holds NaN or infinity.
     """
-    waiting = {key: p.in_file for key, p in module.state_dict(keep_vars=True).items() if p.is_meta}
-    on_gpu = any(torch.device(device).type == "cuda" for *_, device in waiting.values())
+    waiting = {key: p for key, p in module.state_dict(keep_vars=True).items() if p.is_meta}
+    on_gpu = any(torch.device(p.in_file[-1]).type == "cuda" for p in waiting.values())
+    few_bits = any(getattr(p, "bits", 16) < 16 for p in waiting.values())
 
-    def read(in_file):
-        lazy, _, dtype, device = in_file
+    def read(parameter):
+        if getattr(parameter, "bits", 16) < 16:
+            return read_linear(parameter)
+        lazy, _, dtype, device = parameter.in_file
         tensor = lazy.read(on_gpu).to(device, non_blocking=on_gpu)
         return tensor.to(dtype or tensor.dtype)
 
     # A GPU takes tensors faster than one core reads them. On a CPU each tensor that is read at the
-    # same time as another needs memory beyond the model.
-    with ThreadPoolExecutor(8 if on_gpu else 1) as pool:
+    # same time as another needs memory beyond the model, which few bits are to save on a GPU too.
+    with ThreadPoolExecutor(8 if on_gpu and not few_bits else 1) as pool:
         results = pool.map(read, waiting.values())
         results = progress(results, "reading weights", len(waiting), unit="tensor")
-        for (key, (_, source, _, _)), tensor in zip(waiting.items(), results, strict=True):
-            # 40 times as fast as tensor.isfinite().all()
-            if not all(x.isfinite() for x in tensor.aminmax()):
+        for (key, parameter), tensor in zip(waiting.items(), results, strict=True):
+            source = parameter.in_file[1]
+            numbers = tensor.packed.scales() if isinstance(tensor, PackedLinear) else tensor
+            # 40 times as fast as numbers.isfinite().all()
+            if not all(x.isfinite() for x in numbers.aminmax()):
                 pool.shutdown(cancel_futures=True)
                 raise InputError(f"{source}: {key} holds NaN or infinity; it is damaged or its "
                                  "training diverged: take another")
             owner, _, name = key.rpartition(".")
+            if isinstance(tensor, PackedLinear):
+                module.set_submodule(owner, tensor)
+                continue
             parameter = nn.Parameter(tensor, requires_grad=False)
             setattr(module.get_submodule(owner), name, parameter)
     return module

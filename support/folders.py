@@ -3,6 +3,7 @@
     check_output(folder, CHECKPOINT_FILES)          # before training: may it be written there?
     put_right(folder, CHECKPOINT_FILES)             # what a killed save left half done
     replace_folder(folder, fill, CHECKPOINT_FILES)             # fill(partial) writes the new files
+    names_of(["one/a", "two/a"], [])                # ["one-a", "two-a"]
 
 A folder is written under a hidden name beside its own. The folder before gets another hidden name,
 the new one takes its place, and the folder before is from then on FOLDER-old1, or the next free
@@ -135,3 +136,20 @@ def discard(folder):
         gone = temporary(folder)
         os.rename(folder, gone)
         shutil.rmtree(gone)
+
+
+def names_of(paths, taken):
+    """A name for each path, unlike all others and unlike those `taken`: its last part, if it can.
+    """
+    names = [os.path.basename(path).partition("@")[0] for path in paths]
+    if len(set(names)) < len(names):        # two runs may have a folder of the same name
+        names = [path.replace("/", "-").lstrip(".-") for path in paths]
+    used = set(taken)
+    for n, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if name in used:
+            name = os.path.abspath(path).replace("/", "-").lstrip("-")
+        while name in used:
+            name += "-2"
+        names[n] = name
+        used.add(name)
+    return names

@@ -28,7 +28,7 @@ from support.common import InputError, check_file
 
 # safetensors' names of the dtypes that are read. Whole numbers are positions and sizes.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32}
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Parts of keys that only quantised files have → what writes them.
 QUANTISED = {
@@ -37,6 +37,9 @@ QUANTISED = {
     r"\.(qweight|qzeros|scales|g_idx)$": "GPTQ or AWQ",
     r"\.(weight_scale|weight_scale_inv|weight_packed|weight_shape|weight_zero_point|input_scale)$":
         "FP8 or compressed-tensors"}
+# Keys of bitsandbytes' NF4, and of nothing else that it writes.
+NF4_KEYS = re.compile(
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4)$")
 GGUF = b"GGUF"          # how llama.cpp's files begin
 
 
@@ -60,13 +63,17 @@ class LazyTensor:
         return self.read().flatten()[indices]
 
 
-def read_file(path):
-    """One weight file → {key: LazyTensor}. Only the header is read; a .bin is memory-mapped."""
+def read_file(path, nf4=False):
+    """One weight file → {key: LazyTensor}. Only the header is read; a .bin is memory-mapped.
+
+    nf4: 4-bit weights of bitsandbytes' are allowed, in pieces (checkpoints/quantised.py joins
+    them).
+    """
     check_file(path)
     with open(path, "rb") as file:
         if file.read(len(GGUF)) == GGUF:
             refuse_gguf(path)
-    return read_safetensors(path) if path.endswith(".safetensors") else read_bin(path)
+    return (read_safetensors if path.endswith(".safetensors") else read_bin)(path, nf4)
 
 
 def refuse_gguf(path):
@@ -74,11 +81,14 @@ def refuse_gguf(path):
                      "the model's original folder, in LLaVA's or Hugging Face's layout")
 
 
-def refuse_foreign(path, header):
+def refuse_foreign(path, header, nf4):
     """InputError for what is no whole tensor of floats. `header`: {key: (shape, dtype)}.
 
-    A dtype is torch's, or the name of one that is not read.
+    A dtype is torch's, or the name of one that is not read. `nf4`: 4-bit weights are allowed.
     """
+    if nf4 and any(NF4_KEYS.search(key) for key in header):
+        header = {key: (shape, dtype) for key, (shape, dtype) in header.items()
+                  if not NF4_KEYS.search(key) and (dtype, shape[1:]) != (torch.uint8, (1,))}
     for pattern, writer in QUANTISED.items():
         for key in filter(re.compile(pattern).search, header):
             raise InputError(f"{path}: {key} says that this checkpoint is quantised ({writer}); "
@@ -98,7 +108,7 @@ def refuse_foreign(path, header):
                              "the checkpoint in 16 or 32 bits")
 
 
-def read_safetensors(path):
+def read_safetensors(path, nf4=False):
     """A safetensors file → {key: LazyTensor}.
 
     The library checks the header. We read the values straight into a new tensor, which needs no
@@ -113,7 +123,7 @@ def read_safetensors(path):
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a whole safetensors file of floats ({e}); "
                          "download it again") from e
-    refuse_foreign(path, {key: (shape, dtypes[key]) for key, shape in shapes.items()})
+    refuse_foreign(path, {key: (shape, dtypes[key]) for key, shape in shapes.items()}, nf4)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -142,7 +152,7 @@ def read_safetensors(path):
             for key, shape in shapes.items()}
 
 
-def read_bin(path):
+def read_bin(path, nf4=False):
     """A file of torch.save → {key: LazyTensor}.
 
     Unpickling its table is slow, so the file is memory-mapped once and stays so.
@@ -166,7 +176,7 @@ def read_bin(path):
             raise InputError(f"{path}: {key} holds no plain values (layout {value.layout}, dtype "
                              f"{value.dtype}, device {value.device}); save it again as a dense "
                              "tensor of floats")
-    refuse_foreign(path, {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()})
+    refuse_foreign(path, {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}, nf4)
 
     def read(key, pinned=False):
         tensor = tensors[key]
@@ -212,7 +222,7 @@ def write_tensors(path, tensors):
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: cannot be written ({e}); make room there, or name another "
                          "folder") from e
-    written = read_file(path)
+    written = read_file(path, nf4=True)
     bad = [key for key, tensor in tensors.items()
            if key not in written or not torch.equal(written[key].read(), tensor)]
     if bad or not tensors:

@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall wh
 import torch
 
 from checkpoints.load import Source, load_all
+from checkpoints.quantised import BITS, BITS_HELP
 from data import EOS
 from evals.sampling import Conversation, Sampling
 from support.command_line import Parser
@@ -189,6 +190,7 @@ def flags():
     add_number("--max_new_tokens", int, "an answer's length at most")
     add("--seed", type=Number("--seed", int, low=0, high=2 ** 63 - 1),
         help="with --temperature: the same answers again")
+    add("--bits", type=int, choices=BITS, help=BITS_HELP)
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     parser.set_defaults(**vars(Sampling()))
@@ -219,7 +221,7 @@ def main():
 
     device, dtype = device_and_dtype(args.bf16)
     print(f"loading {args.checkpoint}", file=sys.stderr)
-    source = Source([args.checkpoint], args.model_name_or_path, args.vision_tower)
+    source = Source([args.checkpoint], args.model_name_or_path, args.vision_tower, args.bits)
     model = load_all(source, device, dtype)
     if args.compare and len(model.heads) < 2:
         raise InputError(f"{args.checkpoint}: is a base itself, so --compare has nothing to set it "

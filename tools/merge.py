@@ -1,6 +1,7 @@
 """Write a checkpoint and its base as one whole model, in LLaVA's layout.
 
     python -m tools.merge tiny/base half --dtype fp16           # half the bytes of fp32
+    python -m tools.merge tiny/base quarter --bits 4            # LLaMA's linears in NF4
     python -m tools.merge out/stage2 whole                      # what train.py has made
     python -m tools.merge non_lora_trainables.bin whole --model_name_or_path llava-v1.5-7b
     python -m tools.merge LLaVA-7b-delta-v1-1 llava-v1 --delta llama-7b     # LLaVA v1's releases
@@ -36,6 +37,9 @@ def main():
     parser.add_argument("--delta", metavar="BASE",
                         help="CKPT is a delta, as LLaVA v1 was released: the LLaMA to add to it")
     parser.add_argument("--dtype", choices=DTYPES, help="of all weights; default: as in the files")
+    parser.add_argument("--bits", type=int, choices=(4, 16),
+                        help="write LLaMA's linears in 4 bits (NF4, bitsandbytes' layout), or in "
+                             "all 16; default: as the files are")
     args = parser.parse_args(merge_arguments(sys.argv[1:]))
     if os.path.lexists(args.output):
         raise InputError(f"{args.output}: exists already; name a new folder")
@@ -45,10 +49,13 @@ def main():
     if args.delta and what != "base":
         raise InputError(f"{args.checkpoint}: --delta takes a whole model less its LLaMA, and this "
                          f"is what was trained ({what}); leave out --delta")
+    if args.delta and args.bits:
+        raise InputError("--delta with --bits: a delta is made whole first; merge it, and then the "
+                         "result with --bits")
     if args.delta:
         model = load_delta(args.checkpoint, args.delta, args.vision_tower)
     else:
-        model = load_whole(Source([args.checkpoint], base, args.vision_tower))
+        model = load_whole(Source([args.checkpoint], base, args.vision_tower, args.bits))
     if args.dtype:
         model.trunk.to(DTYPES[args.dtype])
         model.head.to(DTYPES[args.dtype])

@@ -48,20 +48,21 @@ from training.kept_files import KeptFeatures, checksum, kept_files, pack_rows
 # What a folder depends on, and how we say that it is another.
 KEY = {"base": "another base", "settings": "a base with other settings", "data": "other data",
        "rows": "rows of another prompt or length",
-       "dtype": "another dtype", "preprocess": "another preprocessing",
+       "dtype": "another dtype or number of bits", "preprocess": "another preprocessing",
        "features": "another kind of block", "whole_rows": "another kind of block"}
 
 
 def key_of(dataset, model, block_config):
     """What kept features depend on: a value for each of KEY."""
     row_format, base = dataset.format, base_of_model(model)
+    dtype, bits = next(model.trunk.parameters()).dtype, model.config.bits
     return {"base": base["base"].partition("-")[0], "settings": base["settings"],
             "data": data_digest(dataset.examples, row_format.tokenizer),
             "rows": [row_format.template.system, row_format.num_patches, row_format.max_length],
             "preprocess": asdict(row_format.preprocess),
             "features": block_config.image_source if block_config else "clip",
             "whole_rows": block_config is not None and block_config.attention == "self",
-            "dtype": str(next(model.trunk.parameters()).dtype)}
+            "dtype": f"{dtype}, {bits} bits" if bits < 16 else str(dtype)}
 
 
 def folder_of(root, key, quiet):

@@ -14,12 +14,14 @@ import sys
 
 from checkpoints.hub import pinned
 from checkpoints.load import is_trained
+from checkpoints.quantised import BITS, BITS_HELP
 from checkpoints.save import check_output_folder
 from model import GROUPS, STAGES, TRUNK
 from support.command_line import Parser
 from support.common import InputError, Number
 from support.loading import spare_cores
 from training.blocks import BLOCKS, resolve_block
+from training.guards import refuse_few_bits
 from training.monitors import REPORTS
 from training.originals import train_arguments
 from training.picture import read_run
@@ -177,6 +179,7 @@ def declare_flags():
     group.add_argument("--bf16", action=boolean, help="bf16, or fp32; default: what the DeepSpeed "
                                                       "file says, or bf16 on a GPU and fp32 on a "
                                                       "CPU")
+    group.add_argument("--bits", type=int, choices=BITS, help=BITS_HELP)
     group.add_argument("--deepspeed", help="DeepSpeed configuration; default: ZeRO-0, batch 128")
     group.add_argument("--offload", action="store_true",
                        help="ZeRO 1 to 3: the optimizer's state and step on the CPU")
@@ -244,6 +247,7 @@ def resolve_flags(args):
     refuse(args.voco and (args.loss != "sft" or "llama" not in args.tune),
            f"--voco {args.voco}: a new token is learnt with LLaMA, from conversations; say --stage "
            "0 with it, or leave it out where the base has it already")
+    refuse_few_bits(args.tune, args.bits)
     name = "-".join(args.tune) if args.stage is None else f"stage{args.stage}"
     name = "base" if tiny_base else name
     args.output_dir = (args.output_dir or f"out/{name}").rstrip("/")

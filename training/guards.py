@@ -2,6 +2,7 @@
 
     warn_of_cut_rows(dataset)                        # before anything long begins
     long_rows(dataset)                               # the same for open prompts, which are not cut
+    refuse_few_bits(tune, 4, zero_stage=3)           # what 4 and 8 bits do not go with
     guards = Guards(run)                             # before the first backward
     guards.check(step, values, seen)                 # once per optimizer step
 
@@ -18,10 +19,30 @@ import numpy as np
 import torch.distributed as dist
 
 from data import IMAGE
+from model import TRUNK
 from support.common import InputError, progress, say
 from training.states import read_latest
 
 TEMPLATE = 32       # tokens at most around a question and its answer: USER, ASSISTANT, </s>, spaces
+
+
+def refuse_few_bits(tune, bits, zero_stage=0):
+    """InputError where a trunk in 4 or 8 bits does not go with what is trained or with ZeRO-3.
+
+    `bits`: what was typed, or what the base's files are in.
+    """
+    if not bits or bits >= 16:
+        return
+    changed = [group for group in tune if group in TRUNK - {"lora"}]
+    if changed:
+        raise InputError(f"--tune {','.join(tune)}: {changed[0]} is in front of the head, and a "
+                         "run that changes the trunk saves it whole, which "
+                         f"{bits} bits cannot hold; train lora, post_decoder or lm_head, or name "
+                         "a base in 16 bits without --bits")
+    if zero_stage == 3:
+        raise InputError(f"ZeRO-3 divides weights among the GPUs, and those in {bits} bits it does "
+                         "not know; take ZeRO-0, 1 or 2, where every GPU holds them whole, or "
+                         "leave --bits out")
 
 
 def at_most(texts):

@@ -70,7 +70,8 @@ TABLE = (
              ("adamw_torch", "adamw_torch_fused")),
     Original("--max_grad_norm", ALWAYS, "say gradient_clipping in the DeepSpeed file", ("1.0",)),
     Original("--fp16", ALWAYS, "fp16 is not built; say --bf16", ("False",)),
-    Original("--bits", ALWAYS, "quantised weights are not built", ("16",)),
+    Original("--double_quant", ALWAYS, "the scales of 4 bits are quantised too", ("True",)),
+    Original("--quant_type", ALWAYS, "4 bits are NF4", ("nf4",)),
     Original("--fsdp", ALWAYS, "say --deepspeed ds_zero3.json", ("",)),
     Original("--lazy_preprocess", ALWAYS, "rows are always read one by one"),
     # What changes no result
@@ -84,8 +85,6 @@ TABLE = (
     Original("--per_device_eval_batch_size", NO_EFFECT, "eval_pope.py evaluates afterwards"),
     Original("--save_total_limit", NO_EFFECT, "only the last state is kept"),
     Original("--tf32", NO_EFFECT, "torch decides"),
-    Original("--double_quant", NO_EFFECT, "nothing is quantised"),
-    Original("--quant_type", NO_EFFECT, "nothing is quantised"),
     Original("--cache_dir", NO_EFFECT, "HF_HOME names the cache"),
     Original("--remove_unused_columns", NO_EFFECT, "there is no HF Trainer"),
     Original("--ddp_find_unused_parameters", NO_EFFECT, "there is no HF Trainer"),

@@ -15,11 +15,12 @@ from short_runs import base_and_head, flags_of, llava_flags, losses_of, steps_lo
 
 import train
 from checkpoints.identity import base_of_model, differences, settings_of
-from checkpoints.load import Source, fingerprint, load_all, load_base, load_trained, names_of
+from checkpoints.load import Source, fingerprint, load_all, load_base, load_trained
 from checkpoints.save import save_trained
 from data import ImageProcessor, Tokenizer
 from llama import LlamaConfig
 from support.common import InputError
+from support.folders import names_of
 from support.tensors import write_tensors
 from training.features import keep_features
 from training.guards import Guards

@@ -105,9 +105,9 @@ BYTES = torch.zeros(512, 1, dtype=torch.uint8)
 FILES = {  # what a copy of Hugging Face's folder becomes → (how, patterns of the error)
     "bitsandbytes, 4 bits": (with_tensors(weight=BYTES, weight__absmax=torch.ones(16),
                                           weight__quant_map=torch.ones(16)),
-                             "quantised \\(bitsandbytes\\)", "16 or 32 bits"),
-    "bitsandbytes, 4 bits, state": (with_tensors(weight__quant_state__bitsandbytes__nf4=BYTES),
-                                    "quantised \\(bitsandbytes\\)"),
+                             "belongs to no 4-bit weight", "download the checkpoint again"),
+    "bitsandbytes, FP4": (with_tensors(weight__quant_state__bitsandbytes__fp4=BYTES),
+                          "quantised \\(bitsandbytes\\)", "16 or 32 bits"),
     "bitsandbytes, 8 bits": (with_tensors(weight=torch.zeros(32, 32, dtype=torch.int8),
                                           SCB=torch.ones(32)), "quantised \\(bitsandbytes\\)"),
     "GPTQ": (with_tensors(qweight=torch.zeros(4, 32, dtype=torch.int32), scales=torch.ones(1, 32),

@@ -57,7 +57,7 @@ def with_lora(world, dropout=0.0, fill=0.1):
 def test_by_hand():
     torch.manual_seed(0)
     plain, x = torch.nn.Linear(6, 5, bias=False), torch.randn(2, 3, 6)
-    linear = LoRALinear(plain, 2, 8, 0.5)
+    linear = LoRALinear(plain, 2, 8, 0.5, plain.weight)
     assert linear.weight is plain.weight
     assert sorted(linear.state_dict()) == ["lora_A.weight", "lora_B.weight", "weight"]
     assert torch.equal(linear(x), plain(x))

@@ -127,7 +127,6 @@ REFUSED = (     # what is typed beside HA-DPO's data, what must be said
     ("--optim adafactor", "another optimizer"),
     ("--max_grad_norm 0.5", "gradient_clipping"),
     ("--fp16 True", "say --bf16"),
-    ("--bits 4", "quantised"),
     ("--lora_weight_path old", "tools.merge"),
     ("--fsdp full_shard", "ds_zero3.json"),
 )
