@@ -6,9 +6,10 @@
     python -m tools.chat out/stage2 --image photo.jpg --prompt "Is there a dog?" > answer.txt
     python -m tools.chat CKPT --model_name_or_path llava-v1.5-7b --temperature 0.2 --top_p 0.9
 
-With `--prompt` only the answer goes to stdout. In a chat `/image PATH` begins a new conversation
-about another picture, `/reset` one about the same picture, and Ctrl-C stops an answer but not the
-program (with `--compare` the other answer follows). CKPT is what eval_pope.py takes; without an
+With `--prompt` only the answer goes to stdout, and where lines come from a pipe only answers do. In
+a chat `/image PATH` begins a new conversation about another picture, `/reset` one about the same
+picture, and Ctrl-C stops an answer but not the program (with `--compare` the other answer
+follows). CKPT is what eval_pope.py takes; without an
 image the conversation is in text only. evals/sampling.py tells how tokens are chosen. `--log FILE`
 appends every question and answer to a file as JSON lines, so that a closed terminal loses none of
 them. The conversation itself (its cache) is not kept: a chat cannot be taken up again.
@@ -17,18 +18,21 @@ Follows `llava.serve.cli` of haotian-liu/LLaVA (one image at the head of the con
 `v1`). Deliberately different: greedy unless a temperature is named.
 """
 import argparse
+import contextlib
 import io
 import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import fields
 
 try:
     import readline  # noqa: F401    (gives `input` arrow keys and a history; some Pythons lack it)
+    import termios
 except ImportError:
-    pass
+    termios = None
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall where cores are shared
 import torch
@@ -41,9 +45,10 @@ from support.command_line import Parser
 from support.common import InputError, Number, device_and_dtype, run_program
 from support.images import check_images
 from support.outputs import Lines, check_output_file
+from tiny.words import CONTAINS, is_tiny, unknown_words
 
-COMMANDS = ("/image PATH: another picture; /reset: from the beginning; /exit or Ctrl-D: end; "
-            "Ctrl-C stops an answer")
+COMMANDS = """/image PATH: another picture; /reset: from the beginning
+Ctrl-C: stop an answer; exit or Ctrl-D: end"""
 
 
 def tails(tokens, decode):
@@ -62,6 +67,28 @@ def tails(tokens, decode):
             shown = whole
     if len(text) > shown:
         yield text[shown:]
+
+
+@contextlib.contextmanager
+def silent_keys():
+    """What is typed inside appears at the next prompt, and not between the words of an answer."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    keys = sys.stdin.fileno()
+    before, silent = termios.tcgetattr(keys), termios.tcgetattr(keys)
+    silent[3] &= ~termios.ECHO                          # of the local modes
+    termios.tcsetattr(keys, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keys, termios.TCSANOW, before)
+
+
+def for_people(text):
+    """Print what is no answer: to stderr, unless a person reads both."""
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    print(text, file=sys.stdout if at_terminal else sys.stderr, flush=True)
 
 
 class Chat:
@@ -98,15 +125,19 @@ class Chat:
         lengths = {name: len(conversation.ids) for name, conversation in conversations.items()}
         for conversation in conversations.values():
             conversation.turn(question)             # raises InputError before anything is printed
+        strange = unknown_words(self.model.tokenizer, question)
+        if strange:
+            for_people(f"note: the tiny world has no word {', '.join(strange)}")
         self.keep(role="user", text=question, image=self.image)
         for name, conversation in conversations.items():
             if names:
                 print(f"{name}: ", end="", flush=True)
             answer, said = conversation.answer(question, self.sampling, self.generator), ""
             try:
-                for text in tails(answer, self.model.tokenizer.decode):
-                    said += text
-                    print(text, end="", flush=True)
+                with silent_keys():
+                    for text in tails(answer, self.model.tokenizer.decode):
+                        said += text
+                        print(text, end="", flush=True)
             except KeyboardInterrupt:
                 pass
             finally:                                # also where the terminal is closed
@@ -127,37 +158,40 @@ class Chat:
             print(f"error: {e}", file=sys.stderr)
 
     def obey(self, line):
-        """Carry out a line that begins with a slash; `loop` sees to /exit."""
+        """Carry out a line that begins with a slash; `loop` sees to exit."""
         command, _, rest = line.partition(" ")
         path = os.path.expanduser(rest.strip().strip("'\""))
         if line == "/reset" or command == "/image" and path:
             self.begin(path or self.image)
-            print(f"a new conversation about {self.image or 'nothing'}")
+            for_people(f"a new conversation about {self.image or 'nothing'}")
         else:
-            print(COMMANDS)
+            for_people(COMMANDS)
 
     def loop(self):
         """Read lines until there are no more."""
-        print(COMMANDS)
+        for_people(COMMANDS)
+        if is_tiny(self.model.tokenizer):
+            for_people(textwrap.fill(CONTAINS, 79))
+        prompt = "\nUSER: " if sys.stdin.isatty() and sys.stdout.isatty() else ""
         while True:
             try:
-                line = input("\nUSER: ").strip()
+                line = input(prompt).strip()
                 line.encode()                       # raises UnicodeError, as input() itself may
-                if line == "/exit":
+                if line in ("exit", "quit", "/exit", "/quit"):
                     return
                 if line.startswith("/"):
                     self.obey(line)
                 elif line:
                     self.ask(line, names=True)
             except InputError as e:
-                print(f"error: {e}")
+                for_people(f"error: {e}")
             except UnicodeError:
-                print("error: this line is not UTF-8 text, so it was not asked; type it again, or "
-                      "set the terminal to UTF-8")
+                for_people("error: this line is not UTF-8 text, so it was not asked; type it "
+                           "again, or set the terminal to UTF-8")
             except KeyboardInterrupt:
-                print()
+                for_people("")
             except EOFError:
-                print()
+                for_people("")
                 return
 
 
@@ -201,6 +235,10 @@ def main():
     parser = flags()
     args = parser.parse_args()
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
+    for name in ("top_p", "top_k"):
+        if not sampling.temperature and getattr(sampling, name) != getattr(Sampling(), name):
+            raise InputError(f"--{name} {getattr(sampling, name)}: has no effect without "
+                             "--temperature, which draws; name both, e.g. --temperature 0.7")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
     if args.prompt and re.search("[\ud800-\udfff]", args.prompt):    # of bytes that are no UTF-8

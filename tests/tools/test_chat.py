@@ -5,6 +5,7 @@ import copy
 import itertools
 import os
 import pty
+import re
 import select
 import signal
 import sys
@@ -19,6 +20,7 @@ from checkpoints.load import load_base
 from checkpoints.save import save_trained
 from data import EOS, IMAGE_ID, Tokenizer
 from evals.sampling import Conversation, Sampling
+from tiny.words import CONTAINS, unknown_words
 from tools.chat import Chat, main, tails
 
 QUESTION = "Is there a dog in the image?"
@@ -83,7 +85,9 @@ def play(monkeypatch, capsys):
         chat = Chat(model, model.heads, Sampling(**options))
         chat.begin(image)
         chat.loop()
-        return chat, capsys.readouterr().out
+        said = capsys.readouterr()
+        assert not re.search("^(error|/image|note)", said.out, re.M)    # only answers
+        return chat, said.out + said.err
     return play
 
 
@@ -151,6 +155,17 @@ def test_a_bad_picture_changes_nothing(lively, images, tmp_path, play):
     assert spoken[1] != answers(lively, images[0], ["Why?"], max_new_tokens=12)[0]
 
 
+def test_words_that_the_tiny_world_does_not_know(base, images, play, byte_tokenizer):
+    """They are named; to another model nothing is strange."""
+    lines = [QUESTION, "Is there an elephant in the image?", "图中有狗吗？", "quit", "never read"]
+    _, said = play(base, images[0], lines, max_new_tokens=3)
+    notes = [line.partition("has no word ")[2] for line in said.splitlines() if "note:" in line]
+    assert notes == ["an, elephant", "图中有狗吗"] and len(answered(said)) == 3
+    assert CONTAINS in " ".join(said.split()) and "a dog" in CONTAINS and "kitchen" in CONTAINS
+    assert max(map(len, said.partition("/image")[2].splitlines())) < 80
+    assert unknown_words(byte_tokenizer, "an elephant") == []
+
+
 # ---- Lines that are odd --------------------------------------------------------------------------
 
 
@@ -173,8 +188,8 @@ def test_bytes_that_are_not_utf_8(world):
     command = [*CHAT, world.base, "--max_new_tokens", "4"]
     done = shell(*command, typed=typed)
     assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert done.stdout.count("error: this line is not UTF-8 text") == 2
-    assert done.stdout.count("base: ") == 1
+    assert done.stderr.count("error: this line is not UTF-8 text") == 2
+    assert done.stdout.count("base: ") == 1 and "error" not in done.stdout
     done = shell(*command, "--prompt", os.fsdecode(b"caf\xe9?"))
     assert done.returncode == 1 and not done.stdout and "loading" not in done.stderr
     assert done.stderr.startswith("error: --prompt 'caf\\udce9?': is not UTF-8 text")
@@ -303,6 +318,8 @@ MISTAKES = {
     "no such checkpoint": (["nowhere"], "nowhere: no such folder"),
     "no such image": (["CKPT", "--image", "nowhere.jpg"], "nowhere.jpg"),
     "top_p": (["CKPT", "--temperature", "1", "--top_p", "1.5"], "--top_p 1.5: must be"),
+    "top_p, nothing is drawn": (["CKPT", "--top_p", "0.9"], "--top_p 0.9: has no effect without"),
+    "top_k, nothing is drawn": (["CKPT", "--top_k", "9"], "--top_k 9: has no effect without"),
     "nothing to compare": (["BASE", "--compare"], "--compare"),
 }
 
@@ -324,7 +341,8 @@ def test_at_a_terminal(world, images):
     if process == 0:
         os.chdir(ROOT)
         os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
-        command = [sys.executable, "-m", "tools.chat", world.base, "--image", images[0]]
+        command = [sys.executable, "-m", "tools.chat", world.base, "--image", images[0],
+                   "--max_new_tokens", "60"]
         os.execv(sys.executable, command)
     screen = ""
 
@@ -337,6 +355,7 @@ def test_at_a_terminal(world, images):
             screen += os.read(terminal, 4096).decode(errors="replace")
         before, screen = screen.split(text, 1)
         assert "Traceback" not in before
+        return before
 
     wait_for("USER: ")
     for question, ends in ((QUESTION, "\x03"), ("Why?", "")):
@@ -344,6 +363,18 @@ def test_at_a_terminal(world, images):
         wait_for("base: ")
         os.write(terminal, ends.encode())
         wait_for("USER: ")
+    # What is typed while it answers appears once, at the next prompt; the arrow brings it back.
+    os.write(terminal, b"/reset\n")
+    wait_for("USER: ")
+    os.write(terminal, b"Why?\n")
+    wait_for("base: ")
+    os.write(terminal, b"An elephant?\n")
+    assert "elephant" not in wait_for("USER: ")
+    assert wait_for("note: the tiny world has no word An, elephant").count("elephant") == 1
+    wait_for("USER: ")
+    os.write(terminal, b"\x1b[A\n")
+    wait_for("An elephant?")
+    wait_for("USER: ")
     os.write(terminal, b"caf\xff\n")
     wait_for("error: this line is not UTF-8 text")
     wait_for("USER: ")
