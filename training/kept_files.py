@@ -115,9 +115,9 @@ class KeptFile:
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
 
     def write(self, start, rows):
-        """Write rows (n, ...) from row `start` on."""
+        """Write rows (n, ...) from row `start` on; a NumPy number would overflow behind 2 GiB."""
         with open(self.path, "r+b", buffering=0) as file:
-            os.pwrite(file.fileno(), as_bytes(rows), start * self.row_bytes)
+            os.pwrite(file.fileno(), as_bytes(rows), int(start) * self.row_bytes)
 
     def flush(self):
         """To the disk, so that other machines read it there."""

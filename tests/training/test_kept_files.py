@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 from conftest import preference_rows, small_config
@@ -13,6 +14,7 @@ from support.common import InputError
 from support.loading import batches_ahead
 from training import kept_files
 from training.features import keep_features
+from training.kept_files import KeptFile
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,16 @@ def test_space_is_taken_before_the_pass(tmp_path, dataset, model, monkeypatch):
     for name in ("hidden", "features", "sums"):
         status = (folder / f"{name}.bin").stat()
         assert status.st_size and status.st_blocks * 512 >= status.st_size
+
+
+def test_a_row_behind_2_gib(tmp_path):
+    """Rows of the 7B's size: image 2,000 lies where 32 bits no longer count bytes."""
+    file = KeptFile(str(tmp_path / "features.bin"), (2001, 576, 1024), torch.bfloat16)
+    with open(file.path, "wb") as empty:
+        empty.truncate(file.bytes)                                      # takes no space on the disk
+    row = torch.randn(1, 576, 1024).bfloat16()
+    file.write(np.arange(2000, 2001, dtype=np.int32)[0], row)
+    assert torch.equal(file.mapped()[2000], row[0]) and not file.mapped()[1999].any()
 
 
 def test_files_take_the_umask(tmp_path, dataset, model):
