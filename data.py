@@ -217,7 +217,7 @@ class Batch:
     # Kept features (training/features.py): what a frozen trunk makes of input_ids and pixel_values.
     hidden_states: torch.Tensor = None    # (B, A, hidden)
     image_features: torch.Tensor = None   # (N, P, C)
-    # Kept compressed images (training/voco.py): keys and values of V <voco> tokens of each row.
+    # Compressed images (training/compressed.py): keys and values of V <voco> tokens of each row.
     compressed: torch.Tensor = None       # (B, 2, L, H_kv, V, D)
 
     def tensors(self):

@@ -79,7 +79,8 @@ def make(args, seed, tokens):
     try:
         if not os.path.isdir(checkpoint):
             run_train(flags_of(root, seed, tokens, SMALL_STEPS if args.small else STEPS))
-        line = judge(root, checkpoint, False, tokens != IMAGE and f"{checkpoint}-compressed")
+        compressed = None if tokens == IMAGE else f"{checkpoint}-compressed"
+        line = judge(root, checkpoint, False, compressed)
     except Exception:           # one model must not end the others
         traceback.print_exc()
         return None

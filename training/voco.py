@@ -6,20 +6,27 @@ Follows arXiv 2406.12275 and Yxxxb/VoCo-LLaMA: one new token, <voco>, stands N t
 image, the text behind sees only these N (llama.py, data.py), and supervised training does the rest.
 Deliberately different: the new rows of embeddings and lm_head begin as the mean of the others; N is
 kept in config.json; a row keeps LLaVA's system sentence and the newlines of its text.
+Images compressed once and kept: compressed.py.
 """
 import torch
 from torch import nn
 
 from checkpoints.identity import fingerprint
+from support.common import InputError
 from support.tensors import LazyTensor
 
 
 def with_voco(model, count):
     """A Llava whose trunk is still in its files, for rows with `count` <voco> tokens → the same.
 
-    A base without the token gets it, as the last row of embeddings and lm_head.
+    A base without the token gets it, as the last row of embeddings and lm_head. InputError where
+    the base has other tokens around its images.
     """
     config, embedding, lm_head = model.config, model.trunk.model.embed_tokens, model.head.lm_head
+    if config.image_start_end:
+        raise InputError(f"--voco {count}: this base has tokens around the image "
+                         "(mm_use_im_start_end), and a row with <voco> tokens has no place for "
+                         "them; name another base")
     if not config.num_voco:
         lazy, *how = embedding.weight.in_file
         shape = lazy.shape[0] + 1, lazy.shape[1]

@@ -114,6 +114,13 @@ def test_the_token_is_learnt_with_llama_from_conversations(what):
     assert str(error.value).startswith("--voco 2: a new token is learnt with LLaMA")
 
 
+def test_a_base_with_tokens_around_the_image_is_refused(world):
+    model = load_base(world.base, read_trunk=False)
+    model.config.image_start_end = True
+    with pytest.raises(InputError, match="--voco 2: this base has tokens around the image"):
+        with_voco(model, 2)
+
+
 @pytest.mark.parametrize("value", ("0", "-1", "1.5", "many"))
 def test_numbers_that_cannot_be(value):
     with pytest.raises(InputError, match=f"--voco {value}: must be "):
