@@ -4,8 +4,8 @@
     python bench/bench_voco.py --tokens 1 36 --seeds 46
 
 Each seed has its own world, tower and base. From this base stage 0 trains each model on, with the
-same conversations and as many steps again: with all tokens of the image, or with --voco N. A model
-with <voco> tokens is asked in two passes (training/compressed.py): POPE's questions and CHAIR's
+same conversations for --steps: with all tokens of the image, or with --voco N. A model with <voco>
+tokens is asked in two passes (training/compressed.py): POPE's questions and CHAIR's
 descriptions, of which none sees the image.
 
 Each model appends a line to --output_dir/results.jsonl, and what stands there is not made again, so
@@ -36,13 +36,13 @@ from bench.effect import SMALL_STEPS, begin, make_base, run_train
 from bench.effect_asked import asked, judge, load, questions_of
 from bench.effect_rows import read_results
 from bench.effect_table import mean_and_sd
-from support.common import run_program
+from support.common import InputError, run_program
 from tiny.prepare import TINY_LLAVA
 
 IMAGE = TINY_LLAVA.vision.num_patches           # tokens of an image that is not compressed
 TOKENS = (IMAGE, 8, 4, 2, 1)
 SEEDS = (46, 47, 48, 49)
-STEPS, RATE = 1000, 2e-3        # as the base before: two epochs of 16,000 conversations, 32 at once
+STEPS, RATE = 1000, 2e-3        # two epochs of 16,000 conversations, 32 at once, as the base before
 SETS = "random", "popular", "adversarial"
 COLUMNS = {"random/accuracy": "random", "popular/accuracy": "popular",
            "adversarial/accuracy": "adversarial", "adversarial/f1": "F1", "adversarial/auc": "AUC",
@@ -78,13 +78,13 @@ def make(args, seed, tokens):
     checkpoint = model_folder(root, tokens)
     try:
         if not os.path.isdir(checkpoint):
-            run_train(flags_of(root, seed, tokens, SMALL_STEPS if args.small else STEPS))
+            run_train(flags_of(root, seed, tokens, SMALL_STEPS if args.small else args.steps))
         compressed = None if tokens == IMAGE else f"{checkpoint}-compressed"
         line = judge(root, checkpoint, False, compressed)
     except Exception:           # one model must not end the others
         traceback.print_exc()
         return None
-    line = {"tokens": tokens, "seed": seed, **line}
+    line = {"tokens": tokens, "seed": seed, "steps": args.steps, **line}
     append(args.output_dir, line)
     return line
 
@@ -169,6 +169,7 @@ def main(argv=None):
                         choices=range(1, IMAGE + 1),
                         help=f"tokens an image; {IMAGE} is the image itself")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each model; default {STEPS}")
     parser.add_argument("--jobs", type=int, default=1, help="processes at the same time; default 1")
     parser.add_argument("--small", action="store_true", help="a world and models of no use, to see "
                                                              "that everything runs")
@@ -177,6 +178,10 @@ def main(argv=None):
     logs = os.path.join(args.output_dir, "logs")
     os.makedirs(logs, exist_ok=True)
     lines = read_results(args.output_dir)
+    others = {line["steps"] for line in lines if "numbers" in line} - {args.steps}
+    if others:
+        raise InputError(f"--steps {args.steps}: {args.output_dir}/results.jsonl holds models of "
+                         f"{others.pop()} steps; name another --output_dir")
     done = {(line["seed"], line["tokens"]) for line in lines if "numbers" in line}
     timed = {line["tokens"] for line in lines if "seconds" in line}
     missing = {seed: [n for n in args.tokens if (seed, n) not in done] for seed in args.seeds}

@@ -1,8 +1,11 @@
 """bench/bench_voco.py: what is run, what the table makes of it, and how it goes on."""
 import json
 
+import pytest
+
 from bench import bench_voco
-from bench.bench_voco import IMAGE, SEEDS, TOKENS, flags_of, main, table
+from bench.bench_voco import IMAGE, SEEDS, STEPS, TOKENS, flags_of, main, table
+from support.common import InputError
 from training.flags import parse_flags
 
 SETS = "random", "popular", "adversarial"
@@ -11,7 +14,7 @@ SETS = "random", "popular", "adversarial"
 def line(tokens, seed, accuracy):
     numbers = {name: 10.0 * tokens + seed for name in bench_voco.COLUMNS}
     numbers |= {f"{name}/accuracy": accuracy for name in SETS}
-    return {"tokens": tokens, "seed": seed, "numbers": numbers, "right": {}}
+    return {"tokens": tokens, "seed": seed, "steps": STEPS, "numbers": numbers, "right": {}}
 
 
 def test_models_differ_in_their_tokens_alone(tmp_path):
@@ -58,11 +61,14 @@ def test_what_is_there_is_not_made_again(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "0 models in" in said and "| 50 % |" in said
     assert (tmp_path / "results.jsonl").read_text() == text
+    with pytest.raises(InputError, match=f"--steps 5: .*holds models of {STEPS} steps"):
+        main(["--output_dir", str(tmp_path), "--steps", "5"])
 
 
 def test_a_small_run(tmp_path, in_this_process, monkeypatch):
     """One model, from its world to its lines, in this process."""
-    args = bench_voco.argparse.Namespace(output_dir=str(tmp_path), small=True)
+    args = bench_voco.argparse.Namespace(output_dir=str(tmp_path), small=True,
+                                         steps=STEPS)
     monkeypatch.setattr("tiny.tower.TEST_IMAGES", 200)
     bench_voco.make_base(str(tmp_path / "seed46"), 46, 0, True)
     made = bench_voco.make(args, 46, 2)
