@@ -15,16 +15,17 @@ and not in the model, and what chosen and rejected share stands in a row once.
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from PIL import Image
 
 from llama import BEFORE_VOCO, PAD_BRANCH, VOCO
+from support.anyres import TileGrid, numbered_tiles
 from support.common import InputError, field, id_text
 from support.hadpo import read_hadpo_json, read_image_index
-from support.images import fit_thin, open_image
+from support.images import image_size
+from support.preprocessing import ImageProcessor
 from support.templates import V1, Template
 from support.tokenizer import BOS, EOS, PAD, Tokenizer
 
@@ -34,8 +35,6 @@ DESCRIBE = ("Describe this image in detail.",           # HA-DPO's four prompts,
             "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
             "Could you describe the contents of this image for me?")
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # ---- Examples: HA-DPO's files --------------------------------------------------------------------
@@ -144,6 +143,8 @@ class Row:
     ends: list            # N; index of each branch's last token
     image: str = None     # path
     cut: int = 0          # answer tokens lost to max_length
+    tiles: int = 1        # of the image
+    patches: np.ndarray = None      # any resolution: which patch of its tiles each image token is
 
 
 def pack(sequences, num_patches, max_length, image=None):
@@ -214,11 +215,21 @@ class Batch:
     ends: torch.Tensor = None             # (B, number of branches)
     image_index: torch.Tensor = None      # (B,) which of the N distinct images a row has; -1 = none
     pixel_values: torch.Tensor = None     # (N, 3, S, S)
+    # Any resolution (support/anyres.py): N counts the tiles of all I images.
+    tiles: torch.Tensor = None            # (I, M) the numbers of each image's tiles; -1 = none
+    patches: torch.Tensor = None          # (image tokens,) which of all N * P patches; -1 = newline
     # Kept features (training/features.py): what a frozen trunk makes of input_ids and pixel_values.
     hidden_states: torch.Tensor = None    # (B, A, hidden)
     image_features: torch.Tensor = None   # (N, P, C)
     # Compressed images (training/compressed.py): keys and values of V <voco> tokens of each row.
     compressed: torch.Tensor = None       # (B, 2, L, H_kv, V, D)
+
+    def row_tiles(self):
+        """Which of the N pictures each row looks at, (B, M); -1 = none."""
+        if self.tiles is None:
+            return self.image_index[:, None]
+        nothing = torch.full_like(self.tiles[:1], -1)               # found by image_index -1
+        return torch.cat((self.tiles, nothing))[self.image_index]
 
     def tensors(self):
         named = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -256,38 +267,19 @@ def collate(rows, preprocess, always_image=False):
                for name, (value, multiple) in PADDING.items()}
     index = torch.tensor([images.index(row.image) if row.image else -1 for row in rows])
     with ThreadPoolExecutor(4) as pool:                     # PIL lets go of Python's lock
-        pixels = torch.stack(list(pool.map(preprocess, images))) if images else None
-    if always_image and pixels is None:
-        pixels = torch.zeros(1, 3, preprocess.size, preprocess.size)
+        pixels = list(pool.map(preprocess, images))
+    if images and pixels[0].dim() == 4:
+        counts, of_rows = [len(tiles) for tiles in pixels], [row.patches for row in rows]
+        patches = preprocess.grid.in_batch(of_rows, index.tolist(), counts)
+        tensors |= {"tiles": torch.from_numpy(numbered_tiles(counts)),
+                    "patches": torch.from_numpy(patches)}
+        pixels = list(torch.cat(pixels))
+    if always_image and not images:
+        pixels = [torch.zeros(3, preprocess.size, preprocess.size)]
+        if preprocess.grid:
+            tensors["patches"] = torch.zeros(0, dtype=torch.long)
+    pixels = torch.stack(pixels) if pixels else None
     return Batch(**tensors, image_index=index, pixel_values=pixels)
-
-
-@dataclass
-class ImageProcessor:
-    """CLIP's preprocessing behind LLaVA's padding. Path or PIL image → (3, size, size) fp32."""
-    size: int = 336
-    mean: tuple = CLIP_MEAN
-    std: tuple = CLIP_STD
-    pad: bool = True        # LLaVA's image_aspect_ratio "pad"; else the middle is cut out
-
-    def __call__(self, image):
-        colour = tuple(int(m * 255) for m in self.mean) if self.pad else None
-        image = fit_thin(open_image(image), self.size, colour)
-        # Pad to a square in the mean colour, scale the short side, cut the middle out.
-        if self.pad and image.width != image.height:
-            side = max(image.size)
-            square = Image.new("RGB", (side, side), colour)
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
-        short = min(image.size)
-        if short != self.size:
-            size = [int(self.size * edge / short) for edge in image.size]
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)                      # (S, S, 3)
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # ---- Datasets ------------------------------------------------------------------------------------
@@ -297,10 +289,18 @@ class RowFormat:
     """How a model wants its rows (`Llava.row_format`)."""
     tokenizer: Tokenizer
     preprocess: ImageProcessor
-    num_patches: int          # image tokens of a row
+    num_patches: int          # image tokens of a row, at most
     max_length: int           # tokens of a row
     template: Template = V1
     num_voco: int = 0         # <voco> tokens that compress an image; 0: text sees the image itself
+    grid: TileGrid = None     # any resolution
+
+    def layout(self, image):
+        """Tokens and tiles of an image, and which patch of its tiles each of its tokens is."""
+        if not image or not self.grid:
+            return self.num_patches, 1, None
+        tiles, patches = self.grid.layout(image_size(image))
+        return len(patches), tiles, patches
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -321,7 +321,9 @@ class PackedDataset(torch.utils.data.Dataset):
             else:
                 sequences = [encode_conversation(f.tokenizer, turns, f.template, has_image, *ends)
                              for turns in example.conversations]
-            return pack(sequences, f.num_patches, f.max_length, example.image)
+            tokens, tiles, patches = f.layout(example.image)
+            row = pack(sequences, tokens, f.max_length, example.image)
+            return replace(row, tiles=tiles, patches=patches)
         except InputError as e:
             raise InputError(f"example {i} of the data: {e}") from e
 

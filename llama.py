@@ -148,6 +148,18 @@ class KVCache:
         return (key, value) if self._length == key.shape[2] else (keys, values)
 
 
+def rows_at_once(config, tokens, parameter):
+    """How many rows of that many tokens are decoded together: what a GPU has memory for, up to
+    64.
+    """
+    if not parameter.is_cuda:
+        return 16
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim   # per token
+    passing = 8 * config.hidden_size + 4 * config.intermediate_size
+    free, _ = torch.cuda.mem_get_info(parameter.device)
+    return max(1, min(64, int(0.8 * free / (tokens * (kept + passing) * parameter.itemsize))))
+
+
 def as_words(x):
     """The same memory in numbers of 8 bytes, where they fit: a GPU moves those faster than 2."""
     return x.view(torch.int64) if x.shape[-1] * x.element_size() % 8 == 0 else x

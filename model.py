@@ -24,8 +24,9 @@ from torch import nn
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, projector
 from data import EOS, IMAGE_ID, VOCO_ID, Batch, ImageProcessor, RowFormat, Tokenizer
-from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask
+from llama import PAD_BRANCH, KVCache, LlamaConfig, LlamaModel, branch_mask, rows_at_once
 from post_decoder import BlockConfig, PostInteractionBlock
+from support.anyres import tile_grid
 from support.common import InputError, progress
 from support.graphs import RecordedStep
 from support.loading import batches_ahead, spare_cores
@@ -48,6 +49,7 @@ class LlavaConfig:
     projector_hidden_size: int = None       # its inner width; None: LLaMA's
     max_length: int = 2048            # tokens of a row, image patches included
     pad_images: bool = True
+    pinpoints: tuple = None           # any resolution: sizes of whole images, (width, height)
     template: str = "v1"              # support/templates.py
     image_start_end: bool = False     # <im_start> and <im_end>, the last two embeddings (LLaVA v1)
     bits: int = 16                    # that hold a weight of LLaMA's linears: 4, 8, or 16 and more
@@ -76,6 +78,8 @@ class Trunk(nn.Module):
         inner = config.projector_hidden_size or config.text.hidden_size
         widths = config.vision.hidden_size, inner, config.text.hidden_size
         self.model.mm_projector = projector(config.projector_depth, *widths)
+        if config.pinpoints:
+            self.model.image_newline = nn.Parameter(torch.randn(widths[-1]) * widths[-1] ** -0.5)
 
     def embed(self, batch):
         """Token embeddings with the projected patches in their places, and the tower's features."""
@@ -85,7 +89,12 @@ class Trunk(nn.Module):
         if batch.pixel_values is None:
             return embeds, None
         image_features = self.vision_tower(batch.pixel_values)                         # (N, P, C)
-        patches = self.model.mm_projector(image_features)[batch.image_index[batch.image_index >= 0]]
+        patches = self.model.mm_projector(image_features)                         # (N, P, hidden)
+        if batch.patches is None:
+            patches = patches[batch.image_index[batch.image_index >= 0]]
+        else:
+            newline = self.model.image_newline[None]                        # found by number -1
+            patches = torch.cat((patches.flatten(0, 1), newline))[batch.patches]
         at_image = (batch.input_ids == IMAGE_ID)[:, :, None]
         return embeds.masked_scatter(at_image, patches.to(embeds.dtype)), image_features
 
@@ -146,8 +155,10 @@ class Llava:
         if config.image_start_end:
             ids = config.text.vocab_size - 2, config.text.vocab_size - 1
         template = template_of(config.template, system, ids)
-        return RowFormat(self.tokenizer, self.preprocess, config.vision.num_patches,
-                         config.max_length, template, config.num_voco)
+        grid = tile_grid(config.pinpoints, config.vision)
+        tokens = grid.most_tokens if grid else config.vision.num_patches
+        return RowFormat(self.tokenizer, self.preprocess, tokens, config.max_length, template,
+                         config.num_voco, grid)
 
 
 def set_trained(trunk, head, groups):
@@ -156,6 +167,8 @@ def set_trained(trunk, head, groups):
                "llama": [trunk.model.embed_tokens, trunk.model.layers, trunk.model.norm],
                "post_decoder": [head.post_interaction_block] if head.block_config else [],
                "lm_head": [head.lm_head]}
+    if trunk.config.pinpoints:
+        modules["projector"].append(trunk.model.image_newline)
     for module in (trunk, head):
         module.requires_grad_(False)
     for group in groups:
@@ -185,8 +198,13 @@ def answer_states(head, hidden_states, context, batch, at=None):
     if attention == "cross":
         if context is None:
             return h, h.new_zeros(len(h), 1, head.block_config.mm_hidden_size), None
-        nothing = context.new_zeros(1, *context.shape[1:])                 # found by image_index -1
-        return h, torch.cat((context, nothing))[batch.image_index], None
+        tiles, patches = batch.row_tiles(), context.shape[1]                # (B, M) of M * P
+        nothing = context.new_zeros(1, *context.shape[1:])                  # found by number -1
+        context, mask = torch.cat((context, nothing))[tiles].flatten(1, 2), None
+        if batch.tiles is not None:                         # others have more tiles than this row
+            real = (tiles >= 0) | (batch.image_index < 0)[:, None]
+            mask = real.repeat_interleave(patches, 1)[:, None, None]        # (B, 1, 1, M * P)
+        return h, context, mask
     if attention == "self":
         position, branch = batch.position, batch.branch
         mask = branch_mask(take(position, at), take(branch, at), position, branch)  # (B, 1, A, T)
@@ -258,10 +276,11 @@ def decode(trunk, head, prompts, max_new_tokens):
         if self_attends:
             states.index_copy_(1, cache.columns, hidden_states)
             seen = Batch(position=cache.position, branch=cache.branch,
-                         image_index=batch.image_index)
+                         image_index=batch.image_index, tiles=batch.tiles)
             choose(states, cache.columns.expand_as(token), seen)
         else:
-            seen = Batch(position=position, branch=branch, image_index=batch.image_index)
+            seen = Batch(position=position, branch=branch, image_index=batch.image_index,
+                         tiles=batch.tiles)
             choose(hidden_states, newest, seen)
 
     first_logits = choose(states, at, batch)
@@ -278,18 +297,6 @@ def decode(trunk, head, prompts, max_new_tokens):
                 for ids, real in zip(row, branches, strict=True) if real]
                for row, branches in zip(tokens, is_branch.tolist(), strict=True)]
     return answers, first_logits
-
-
-def rows_at_once(config, tokens, parameter):
-    """How many rows of that many tokens are decoded together: what a GPU has memory for, up to
-    64.
-    """
-    if not parameter.is_cuda:
-        return 16
-    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim   # per token
-    passing = 8 * config.hidden_size + 4 * config.intermediate_size
-    free, _ = torch.cuda.mem_get_info(parameter.device)
-    return max(1, min(64, int(0.8 * free / (tokens * (kept + passing) * parameter.itemsize))))
 
 
 def answer(model, dataset, max_new_tokens, batch_size=None, indices=None, words=()):

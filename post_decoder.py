@@ -83,10 +83,12 @@ class BlockAttention(nn.Module):
         out = out.transpose(1, 2).flatten(2)                                        # (B, T, hidden)
         return self.out_proj(out if wanted is None else out[wanted])
 
-    def weights(self, query, context):
-        """softmax(q kᵀ / √D) without a mask, in fp32, (B, H, T, S): `forward` never shows it."""
+    def weights(self, query, context, mask):
+        """softmax(q kᵀ / √D), in fp32, (B, H, T, S): `forward` never shows it."""
         q, k = self.split(self.q_proj(query)).float(), self.split(self.k_proj(context)).float()
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1)
 
 
 def at_their_places(x, wanted):
@@ -127,7 +129,7 @@ class Block(nn.Module):
         if self.attention == "none":
             return h + self.mlp(self.layer_norm1(h))
         if self.attention == "cross":
-            a = h + self.cross_attn(self.layer_norm1(h), context, wanted=wanted)             # eq. 2
+            a = h + self.cross_attn(self.layer_norm1(h), context, mask=mask, wanted=wanted)  # eq. 2
         else:
             a = h + self.self_attn(self.layer_norm1(h), self.layer_norm1(context), mask, wanted)
         return a + self.mlp(self.layer_norm2(a))                                             # eq. 3
@@ -137,7 +139,8 @@ class PostInteractionBlock(nn.Module):
     """See the module docstring. Parameter names are those of the notes' files.
 
     `forward(h, context, mask=None, wanted=None)`: h (B, T, hidden) are the positions asked for.
-    `context` is what they look at. For cross-attention it is the image features (B, P, mm_hidden);
+    `context` is what they look at. For cross-attention it is the image features (B, P, mm_hidden),
+    with a `mask` (B, 1, 1, P) where images have different numbers of tiles;
     for self-attention all hidden states of the rows (B, S, hidden), with `mask` (B, 1, T, S) from
     `llama.branch_mask`; without attention it is not used. With `wanted` (B, T), rows are of
     different lengths: h is (n, hidden), the n positions where `wanted` is true, and only
@@ -173,10 +176,10 @@ class PostInteractionBlock(nn.Module):
             return context
         return self.image_norm(self.align(context))                                         # eq. 1
 
-    def attention_weights(self, h, context):
+    def attention_weights(self, h, context, mask=None):
         """Where cross-attention looks: (B, T, hidden), (B, P, mm_hidden) → (B, depth · H, T, P)."""
         context, weights = self.aligned(context), []
         for block in self.blocks:
-            weights.append(block.cross_attn.weights(block.layer_norm1(h), context))
-            h = block(h, context)
+            weights.append(block.cross_attn.weights(block.layer_norm1(h), context, mask))
+            h = block(h, context, mask)
         return torch.cat(weights, 1)

@@ -17,12 +17,14 @@ import torch
 
 from checkpoints.layouts import typed
 from data import ImageProcessor
+from support.anyres import tile_grid
 from support.common import InputError, file_digest
 
 # These only limit how long a row may be, so a checkpoint fits a base with another value.
 LENGTHS = ("max_position_embeddings", "max_length")
 # These are newer than some fingerprints, and count only where they are not this.
-NEWER = {"num_voco": 0, "projector_depth": 2, "template": "v1", "image_start_end": False}
+NEWER = {"num_voco": 0, "projector_depth": 2, "template": "v1", "image_start_end": False,
+         "pinpoints": None, "preprocess.grid": None}
 
 
 # ---- A base --------------------------------------------------------------------------------------
@@ -33,7 +35,8 @@ def settings_of(config, block_config=None, preprocess=None):
 
     `config`: LlavaConfig. `block_config`: of the base's own block. `preprocess`: None means CLIP's.
     """
-    preprocess = preprocess or ImageProcessor(config.vision.image_size, pad=config.pad_images)
+    preprocess = preprocess or ImageProcessor(config.vision.image_size, pad=config.pad_images,
+                                              grid=tile_grid(config.pinpoints, config.vision))
     named = {"vision": config.vision, "preprocess": preprocess}
     if block_config:
         named["block"] = block_config

@@ -90,6 +90,7 @@ RENAMES = [
     ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
     ("vision_tower.vision_model.", TOWER),
     ("vision_tower.", TOWER),                               # from 5 on
+    ("image_newline", "model.image_newline"),
     # mm_projector.bin of some versions of LLaVA
     ("mm_projector.", "model.mm_projector."),
     # transformers' CLIPModel and CLIPVisionModel; from 5 on CLIPVisionModel has no prefix
@@ -135,6 +136,9 @@ BLOCK_FORMS = {"attention": ("cross", "self", "none"), "align": ("mlp", "linear"
                "image_source": ("clip", "projector")}
 # What a config.json means when it leaves a setting out: transformers' defaults, not LLaVA-1.5's.
 LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+MISTRAL_DEFAULTS = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+                    "intermediate_size": 14336, "num_key_value_heads": 8}
+MISTRALS = "mistral", "llava_mistral"       # values of model_type
 
 
 def typed(values, name, expected, path):
@@ -202,8 +206,9 @@ def llama_config(values, path):
     refuse_others({"rope_type": rope_type}, {"rope_type": "default"}, path)
     if rope.get("rope_theta"):
         values = values | {"rope_theta": rope["rope_theta"]}
-    config = pick(LlamaConfig, values, LLAMA_DEFAULTS, path)
-    if values.get("num_key_value_heads") is None:
+    is_mistral = values.get("model_type") in MISTRALS
+    config = pick(LlamaConfig, values, MISTRAL_DEFAULTS if is_mistral else LLAMA_DEFAULTS, path)
+    if values.get("num_key_value_heads") is None and not is_mistral:
         config.num_key_value_heads = config.num_attention_heads
     refuse_uneven(vars(config), "hidden_size", "num_attention_heads", path)
     refuse_uneven(vars(config), "num_attention_heads", "num_key_value_heads", path)

@@ -13,8 +13,9 @@ from checkpoints.hub import folder_of
 from checkpoints.layouts import pick, read_tensors, refuse_others, refuse_uneven, typed
 from checkpoints.openclip import read_open_clip
 from clip_vit import ACTIVATIONS, TOWER, CLIPVisionConfig
-from data import CLIP_MEAN, CLIP_STD, ImageProcessor
+from support.anyres import tile_grid
 from support.common import InputError, read_json
+from support.preprocessing import CLIP_MEAN, CLIP_STD, ImageProcessor
 
 # What a config.json means when it leaves a setting out: transformers' defaults, not ViT-L/14-336.
 CLIP_DEFAULTS = {
@@ -145,7 +146,8 @@ def image_processor(values, config, path):
         raise InputError(f"{path}: image_mean is {values.get('image_mean')} and image_std "
                          f"{values.get('image_std')}; both should be three numbers, and no "
                          "image_std 0: copy preprocessor_config.json again")
-    return ImageProcessor(image_size, *colours, config.pad_images)
+    grid = tile_grid(config.pinpoints, config.vision)
+    return ImageProcessor(image_size, *colours, config.pad_images, grid)
 
 
 def are_colours(value):

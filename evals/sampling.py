@@ -26,6 +26,8 @@ from data import (
     IMAGE,
     IMAGE_ID,
     Batch,
+    Row,
+    collate,
     encode_compressed,
     encode_conversation,
     expand,
@@ -169,20 +171,21 @@ class Conversation:
         self.image, self.ids, self.image_features = image, [], None
         parameter = next(self.trunk.parameters())
         device, config = parameter.device, self.trunk.config.text
-        self.pixel_values = None
         if image:
             check_images([image])
-            self.pixel_values = model.preprocess(image)[None].to(parameter)         # (1, 3, S, S)
+        self.image_tokens, tiles, patches = self.row_format.layout(image)
+        row = Row([], [], [], [], [], [], [], image, 0, tiles, patches)
+        self.pixels = collate([row], model.preprocess).to(device, parameter.dtype)
         self.cache = KVCache(config, 1, 64, device, parameter.dtype)                # it grows
         nothing = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.seen = Batch(position=nothing, branch=nothing,
-                          image_index=torch.tensor([0 if image else -1], device=device),
+                          image_index=self.pixels.image_index, tiles=self.pixels.tiles,
                           hidden_states=parameter.new_zeros(1, 0, config.hidden_size))
 
     def see(self, position, branch, hidden_states):
         """Replace what was seen: (1, T), (1, T), (1, T, hidden)."""
         self.seen = Batch(position=position, branch=branch, image_index=self.seen.image_index,
-                          hidden_states=hidden_states)
+                          tiles=self.seen.tiles, hidden_states=hidden_states)
 
     def forget(self, length):
         """Go back to the first `length` tokens."""
@@ -199,9 +202,10 @@ class Conversation:
         seen = self.seen
         row = torch.tensor([[input_ids], [position], [branch]], device=seen.position.device)
         input_ids, position, branch = row                                                   # (1, T)
-        pixel_values = self.pixel_values if (input_ids == IMAGE_ID).any() else None
+        pixels = self.pixels if (input_ids == IMAGE_ID).any() else Batch()
         new = Batch(input_ids=input_ids, position=position, branch=branch,
-                    pixel_values=pixel_values, image_index=seen.image_index)
+                    pixel_values=pixels.pixel_values, image_index=seen.image_index,
+                    tiles=seen.tiles, patches=pixels.patches)
         self.cache.length = seen.hidden_states.shape[1]
         hidden_states, image_features = self.trunk(new, self.cache)
         if image_features is not None:
@@ -239,7 +243,7 @@ class Conversation:
         if not begins:
             end = ids.index(EOS)
             ids = ids[end + 1:] if self.ids[-1] == EOS else ids[end:]
-        ids, _ = expand(ids, ids, config.vision.num_patches, self.image if begins else None)
+        ids, _ = expand(ids, ids, self.image_tokens, self.image if begins else None)
         if len(self.ids) + len(ids) >= config.max_length:
             raise InputError(f"{len(self.ids)} tokens were said, this question has {len(ids)}, and "
                              f"the model reads fewer than {config.max_length}; begin a new "

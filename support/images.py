@@ -113,6 +113,12 @@ def open_image(image):
         return as_seen(file, image)
 
 
+def image_size(path):
+    """(width, height) of a picture; nothing but its header is read."""
+    with opened(path) as file:
+        return file.size
+
+
 def check_images(paths):
     """InputError with the count and the first ten of the images that cannot be read, and why."""
     paths = list(dict.fromkeys(paths))

@@ -10,9 +10,9 @@ from PIL import Image
 from programs import ROOT
 from small_files import photo
 
-from data import CLIP_MEAN, ImageProcessor
 from support import images
 from support.images import check_images
+from support.preprocessing import CLIP_MEAN, ImageProcessor
 
 
 def transparent(width, height):

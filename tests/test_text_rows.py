@@ -22,7 +22,7 @@ def packed(images, seed=0):
 
 
 class Pixels:
-    size = 24
+    size, grid = 24, None
 
     def __call__(self, image):
         return pixels(image)

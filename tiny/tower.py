@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import CLIP_MEAN, CLIP_STD
+from support.preprocessing import CLIP_MEAN, CLIP_STD
 from tiny.pictures import NAMES, SIDE, picture
 
 PATCH = 8                           # pixels of a patch's side

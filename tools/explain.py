@@ -160,8 +160,9 @@ def show_trunk(passage):
     yield tensor_line("CLIP's features F", seen[trunk.vision_tower][1], "one for each patch of "
                       f"{size} pixels, layer {trunk.config.select_layer}",
                       place_of(CLIPVisionTower.forward))
+    marks = (passage.batch.input_ids == IMAGE_ID).sum()
     yield tensor_line("projected", seen[trunk.model.mm_projector][1], "in the places of the "
-                      f"{vision.num_patches} <image> tokens", place_of(Trunk.embed))
+                      f"{marks} <image> tokens", place_of(Trunk.embed))
     inputs, hidden_states = seen[trunk.model]
     yield tensor_line("embeddings", inputs[0], f"{len(passage.pieces)} tokens, padded to a "
                       "multiple of 8", place_of(collate))
@@ -205,7 +206,8 @@ def show_block(passage):
         yield ("   The identity, because out_proj and fc2 start at zero: policy = reference, and "
                "this is step 0.")
     if module.config.attention == "cross":
-        weights = module.attention_weights(h[None, :1], context)[0, :, 0].mean(0)      # (P,)
+        weights = module.attention_weights(h[None, :1], context)[0, :, 0].mean(0)
+        weights = weights[:passage.objective.trunk.config.vision.num_patches]          # (P,)
         side = math.isqrt(len(weights))
         drawn = side * max(1, 12 // side)
         yield line_with_place("   The image, and where eq. 2 looks for the first answer token: "

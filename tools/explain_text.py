@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from data import IMAGE_ID
 from dpo import CHOSEN, REJECTED
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 WIDTH = 110             # characters of a printed line
 SHADES = " ░▒▓█"
 KEPT = 11, 3            # first and last tokens of a long answer that are printed
@@ -17,10 +19,12 @@ KEPT = 11, 3            # first and last tokens of a long answer that are printe
 
 
 def place_of(thing, code=None):
-    """`file.py:line` of a function or class, or of the first line in it that holds `code`."""
+    """`file.py:line`, from the root, of a function or class, or of the first line in it that holds
+    `code`.
+    """
     lines, first = inspect.getsourcelines(thing)
     offset = next(n for n, line in enumerate(lines) if code in line) if code else 0
-    return f"{os.path.basename(inspect.getsourcefile(thing))}:{first + offset}"
+    return f"{os.path.relpath(inspect.getsourcefile(thing), ROOT)}:{first + offset}"
 
 
 def line_with_place(text, place=""):

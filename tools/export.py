@@ -99,9 +99,9 @@ def hf_config(model):
         "vocab_size": padded_vocabulary(model), "bos_token_id": BOS, "eos_token_id": EOS,
         "pad_token_id": image + 1, "torch_dtype": dtype, "tie_word_embeddings": False}
     vision = {"model_type": "clip_vision_model", "projection_dim": 768, **asdict(config.vision)}
-    if config.projector_depth != 2 or config.image_start_end:
+    if config.projector_depth != 2 or config.image_start_end or config.pinpoints:
         raise InputError("--format llava-hf: is LLaVA-1.5's layout, which has a projector of two "
-                         "layers and no <im_start>; say --format llava")
+                         "layers, no <im_start> and no tiles; say --format llava")
     if (config.projector_hidden_size or 0) > config.text.hidden_size:
         raise InputError(f"--format llava-hf: the projector's inner width is "
                          f"{config.projector_hidden_size}, and there it is LLaMA's "

@@ -74,8 +74,13 @@ def data_url(image, kind, **options):
 
 
 def picture(preprocess, path):
-    """The picture as the model sees it, padded and cut: the patches' grid covers it exactly."""
-    pixels = preprocess(path).permute(1, 2, 0).numpy()                                   # (S, S, 3)
+    """The picture as the model sees it, padded and cut: the patches' grid covers it exactly.
+
+    Of several tiles the first one, which shows all of it.
+    """
+    pixels = preprocess(path)
+    pixels = pixels[0] if pixels.dim() == 4 else pixels
+    pixels = pixels.permute(1, 2, 0).numpy()                                             # (S, S, 3)
     pixels = pixels * np.float32(preprocess.std) + np.float32(preprocess.mean)
     image = Image.fromarray((255 * pixels).round().clip(0, 255).astype(np.uint8))
     if image.width <= THUMBNAIL:
@@ -135,7 +140,7 @@ def choose(records, see, map_bytes):
 
 @torch.inference_mode()
 def look(model, heads, dataset):
-    """Where each head's block looks when the answer begins.
+    """Where each head's block looks when the answer begins; of several tiles in the first one.
 
     → for each head a list, one (branches, attention heads, patches) for each row of `dataset`.
     """
@@ -148,8 +153,9 @@ def look(model, heads, dataset):
         at, branches = batch.ends.clamp(min=0), (batch.ends >= 0).sum(1)                    # (B, N)
         for found, head in zip(maps, heads, strict=True):
             context = trunk.image_context(head.block_config, image_features)
-            h, context, _ = answer_states(head, hidden_states, context, batch, at)
-            weights = head.post_interaction_block.attention_weights(h, context)       # (B, H, N, P)
+            h, context, mask = answer_states(head, hidden_states, context, batch, at)
+            weights = head.post_interaction_block.attention_weights(h, context, mask)
+            weights = weights[..., :trunk.config.vision.num_patches]                  # (B, H, N, P)
             weights = weights.transpose(1, 2).cpu().numpy()                           # (B, N, H, P)
             found += [row[:int(n)] for row, n in zip(weights, branches, strict=True)]
     return maps

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data import VOCO_ID, PackedDataset, Row, collate
-from llama import KVCache
-from model import rows_at_once
+from llama import KVCache, rows_at_once
 from support.common import InputError, file_digest, progress, say, temporary
 from support.folders import check_can_write
 from support.loading import batches_ahead, spare_cores

@@ -59,7 +59,8 @@ def key_of(dataset, model, block_config):
     return {"base": base["base"].partition("-")[0], "settings": base["settings"],
             "data": data_digest(dataset.examples, row_format.tokenizer),
             "rows": [row_format.template.system, row_format.num_patches, row_format.max_length],
-            "preprocess": asdict(row_format.preprocess),
+            "preprocess": {name: value for name, value in asdict(row_format.preprocess).items()
+                           if value is not None},       # older keys have no grid
             "features": block_config.image_source if block_config else "clip",
             "whole_rows": block_config is not None and block_config.attention == "self",
             "dtype": f"{dtype}, {bits} bits" if bits < 16 else str(dtype)}
@@ -216,7 +217,7 @@ def kept_in(batch, groups, numbers, rows):
 def run_trunk(files, rows, dataset, batches, trunk, block_config):
     """The pass itself, over this process's share: lists of groups of rows."""
     parameter, offsets, by_image = next(trunk.parameters()), rows["token"][1], ByImage(dataset)
-    image_index = rows["image"][0]
+    image_index, first_tile = rows["image"][0], rows["tiles"][1]
 
     @torch.inference_mode()
     def states_of(groups, batch, numbers):
@@ -244,6 +245,7 @@ def run_trunk(files, rows, dataset, batches, trunk, block_config):
             return
         # A row is done behind its numbers, so that an interrupted pass goes on where it stopped.
         hidden_states, image_features = states
+        tiles = batch.row_tiles()
         lengths = [offsets[i + 1] - offsets[i] for group in groups for i in group]
         kept, sums = iter(hidden_states.split(lengths)), {}
         for n, group in enumerate(groups):
@@ -253,8 +255,8 @@ def run_trunk(files, rows, dataset, batches, trunk, block_config):
                 sums[i] = checksum(states)
             image = image_index[group[0]]
             if image >= 0:
-                features = image_features[batch.image_index[n]]
-                files["features"].write(image, features)
+                features = image_features[tiles[n][tiles[n] >= 0]]
+                files["features"].write(first_tile[image], features)
                 files["sums"].write(len(image_index) + image, checksum(features))
         for i, value in sums.items():
             files["sums"].write(i, value)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from data import PADDING, Batch
+from support.anyres import numbered_tiles
 from support.common import InputError, progress, temporary
 
 # Of a Row; the first two per kept token.
@@ -43,12 +44,14 @@ def pack_rows(path, dataset, whole):
 
 
 def write_packed_rows(path, dataset, whole):
-    names, images = (*FIELDS, "token", "image"), {}
+    names, images, tiles = (*FIELDS, "token", "image"), {}, {}
     flat = {name: [] for name in names}
     for i in progress(range(len(dataset)), "packing rows", unit="row"):
         row = dataset.row(i)
         tokens, source = kept_tokens(row, whole)
         image = images.setdefault(row.image, len(images)) if row.image else -1
+        if row.tiles > 1:
+            tiles[image] = row.tiles
         values = (np.array(row.position)[tokens], np.array(row.branch)[tokens], source, row.target,
                   row.target_branch, tokens, [image])
         for name, value in zip(names, values, strict=True):
@@ -56,6 +59,8 @@ def write_packed_rows(path, dataset, whole):
     arrays = {name: np.concatenate(values) for name, values in flat.items()}
     arrays |= {f"{name}_offsets": np.cumsum([0] + [len(x) for x in values])
                for name, values in flat.items()}
+    if tiles:                   # any resolution: how many of them each image has
+        arrays["tiles"] = np.array([tiles[image] for image in range(len(images))])
     partial = temporary(path) + ".npz"
     try:
         np.savez(partial, **arrays)
@@ -71,12 +76,15 @@ def read_packed_rows(path, count):
         with np.load(path) as file:
             rows = {name: (file[name], file[f"{name}_offsets"])
                     for name in (*FIELDS, "token", "image")}
+            images = int(rows["image"][0].max()) + 1
+            tiles = file["tiles"] if "tiles" in file else np.ones(images, int)
     except Exception as e:      # a damaged file may raise anything
         raise InputError(f"{path}: cannot be read ({e}); it was cut or changed: remove "
                          f"{folder}") from e
     if len(rows["image"][0]) != count:
         raise InputError(f"{path}: tells of {len(rows['image'][0]):,} rows and the data have "
                          f"{count:,}; it was changed: remove {folder}")
+    rows["tiles"] = tiles, np.cumsum([0, *tiles])
     return rows
 
 
@@ -136,7 +144,7 @@ def kept_files(folder, rows, hidden_size, feature_shape, dtype):
     """The files of a folder → {name: KeptFile}, made ready: whole, and their space reserved."""
     image_index = rows["image"][0]
     shapes = {"hidden": ((int(rows["position"][1][-1]), hidden_size), dtype),
-              "features": ((int(image_index.max()) + 1, *feature_shape), dtype),
+              "features": ((int(rows["tiles"][1][-1]), *feature_shape), dtype),
               "sums": ((len(image_index) + int(image_index.max()) + 1,), torch.int64)}
     files = {name: KeptFile(os.path.join(folder, f"{name}.bin"), *shape)
              for name, shape in shapes.items()}
@@ -165,7 +173,7 @@ class KeptFeatures(torch.utils.data.Dataset):
 
     def __init__(self, files, rows, examples):
         self.files, self.rows, self.examples = files, rows, examples
-        self.image_index = rows["image"][0]
+        self.image_index, self.first_tile = rows["image"][0], rows["tiles"][1]
         self.checked = np.zeros(len(self.image_index) + int(self.image_index.max()) + 1, bool)
         self.map_files()
 
@@ -197,8 +205,11 @@ class KeptFeatures(torch.utils.data.Dataset):
         for n in {*indices.tolist(), *(count + images[images >= 0]).tolist()}:
             if self.checked[n]:
                 continue
-            file, part = ("hidden", self.hidden_states[offsets[n]:offsets[n + 1]]) if n < count \
-                else ("features", self.image_features[n - count])
+            if n < count:
+                file, part = "hidden", self.hidden_states[offsets[n]:offsets[n + 1]]
+            else:
+                start, end = self.first_tile[n - count:n - count + 2]
+                file, part = "features", self.image_features[start:end]
             if checksum(part) != self.sums[n]:
                 path = self.files[file].path
                 raise InputError(f"{path}: does not hold what was kept there; it was damaged or "
@@ -221,11 +232,17 @@ class KeptFeatures(torch.utils.data.Dataset):
         _, at, real = padded["position"]
         at = torch.from_numpy(np.where(real, at, 0))                                        # (B, K)
         images, index = np.unique(self.image_index[indices], return_inverse=True)
+        missing = (images < 0).sum()
         # index_select copies whole rows: less than half the time of [...], which copies number by
         # number.
         flat = self.hidden_states.index_select(0, at.flatten())
         batch.hidden_states = flat.view(*at.shape, -1)                              # (B, K, hidden)
-        there = torch.from_numpy(images[images >= 0])
+        images = images[images >= 0]
+        counts = self.rows["tiles"][0][images]
+        there = [np.arange(self.first_tile[i], self.first_tile[i + 1]) for i in images]
+        there = torch.from_numpy(np.concatenate([np.zeros(0, int), *there]))
         batch.image_features = self.image_features.index_select(0, there)                # (N, P, C)
-        batch.image_index = torch.from_numpy(index - (images < 0).sum())  # a missing image stays -1
+        if (counts > 1).any():
+            batch.tiles = torch.from_numpy(numbered_tiles(counts))
+        batch.image_index = torch.from_numpy(index - missing)        # a missing image stays -1
         return batch

@@ -135,7 +135,7 @@ def test_how_pictures_become_square(public, tmp_path, ratio, pads):
     assert load_base(str(public.hf)).preprocess.pad              # which does not say it
 
 
-@pytest.mark.parametrize("ratio", ("anyres", "anyres_max_9", "crop", "keep", "Pad", 1, ["pad"]))
+@pytest.mark.parametrize("ratio", ("anyres_max_9", "crop", "keep", "Pad", 1, ["pad"]))
 def test_other_ways_to_see_a_picture_are_refused(public, tmp_path, ratio):
     """A model that was trained with other pictures would load, and see wrongly."""
     for n, (layout, tower) in enumerate(((public.llava, str(public.clip)), (public.hf, None))):
@@ -147,9 +147,8 @@ def test_other_ways_to_see_a_picture_are_refused(public, tmp_path, ratio):
 
 
 def test_relatives_of_llava_are_refused_by_name(public, tmp_path):
-    """transformers' LLaVA-NeXT is any resolution, and has no image_aspect_ratio."""
-    folder = variant_of(public.hf, tmp_path / "model", model_type="llava_next")
-    with pytest.raises(InputError, match='config.json: model_type is "llava_next", which'):
+    folder = variant_of(public.hf, tmp_path / "model", model_type="llava_next_video")
+    with pytest.raises(InputError, match='config.json: model_type is "llava_next_video", which'):
         load_base(str(folder))
 
 

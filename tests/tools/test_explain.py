@@ -21,7 +21,7 @@ from tools.explain import explain, main
 from tools.explain_load import load, objective_of
 from tools.explain_text import answer_tokens, shaded, shown_tokens
 
-PLACE = re.compile(r"\b(\w+\.py):(\d+)\b")
+PLACE = re.compile(r"(?<!\S)([\w/]+\.py):(\d+)\b")
 
 
 @pytest.fixture(scope="module")
