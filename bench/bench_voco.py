@@ -36,6 +36,7 @@ from bench.effect import SMALL_STEPS, begin, make_base, run_train
 from bench.effect_asked import asked, judge, load, questions_of
 from bench.effect_rows import read_results
 from bench.effect_table import mean_and_sd
+from support.bars import in_a_log_file
 from support.common import InputError, run_program
 from tiny.prepare import TINY_LLAVA
 
@@ -191,7 +192,7 @@ def main(argv=None):
     spawn = multiprocessing.get_context("spawn")
     start = spawn.Value("i", 0), torch.cuda.device_count(), logs
     with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
-            tqdm(total=total, desc="models", unit="model") as bar:
+            tqdm(total=total, desc="models", unit="model", **in_a_log_file()) as bar:
         worlds = {pool.submit(make_base, os.path.join(args.output_dir, f"seed{seed}"), seed, 0,
                               args.small): seed for seed, tokens in missing.items() if tokens}
         models = []

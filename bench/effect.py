@@ -42,6 +42,7 @@ from bench.effect_rows import (
     seeds_of,
 )
 from model import Trunk
+from support.bars import in_a_log_file
 from support.common import InputError, run_program
 from tiny import prepare
 from training.engine import configure, start_deepspeed
@@ -260,7 +261,7 @@ def main(argv=None):
     spawn = multiprocessing.get_context("spawn")
     start = spawn.Value("i", 0), torch.cuda.device_count(), logs
     with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
-            tqdm(total=total, desc="rows", unit="row") as bar:
+            tqdm(total=total, desc="rows", unit="row", **in_a_log_file()) as bar:
         running = {}
         while ready or running:
             ready.sort(reverse=True)

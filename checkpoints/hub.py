@@ -48,7 +48,13 @@ def pinned(path):
 
 
 def folder_of(path):
-    """The folder of a hub's name, downloaded if it is not here; anything else as it is."""
+    """The folder of a hub's name, downloaded if it is not here; anything else as it is.
+
+    InputError for a file inside of a model's folder, which is no model.
+    """
+    if path and os.path.isfile(path) and path.endswith((".json", ".jsonl", ".md", ".model")):
+        raise InputError(f"{path}: is one file of a model; name its folder, "
+                         f"{os.path.dirname(path) or '.'}")
     return fetched(path) if path and is_name(path) else path
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from llama import branch_mask
-from support.charts import STYLE, svg
+from support.charts import whole_file
 
 OUTPUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "architecture.svg")
 WIDTH, HEIGHT = 1000, 568
@@ -165,10 +165,9 @@ def draw_key():
 
 def draw():
     parts = [*draw_image(), *draw_row(), *draw_mask(), *draw_heads(), *draw_loss(), *draw_key()]
-    paper = (f'<style>{STYLE}{CLASSES}</style><defs>{TIP}</defs>'
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>')
     attributes = ' role="img" aria-label="the path of a preference pair to its loss"'
-    return svg(WIDTH, HEIGHT, "\n".join([paper, *parts]), attributes) + "\n"
+    content = "\n".join([f"<defs>{TIP}</defs>", *parts])
+    return whole_file(WIDTH, HEIGHT, content, CLASSES, attributes)
 
 
 if __name__ == "__main__":

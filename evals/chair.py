@@ -43,7 +43,7 @@ from evals.describe import (
 )
 from evals.objects import annotation_files, list_of_words, read_annotations, read_words
 from support.command_line import Parser
-from support.common import InputError, Number, read_json, run_program, say
+from support.common import InputError, Number, check_file, read_json, run_program, say
 from support.folders import check_can_write
 from support.outputs import check_output_folder, write_rows
 from support.processes import end_processes, start_processes
@@ -151,6 +151,8 @@ def evaluate(args):
     if args.checkpoints and args.score:
         raise InputError(f"--score {args.score[0]}: no model is asked; leave {args.checkpoints[0]} "
                          "out")
+    for path in args.score or ():
+        check_file(path)
     if args.checkpoints:
         start_processes()
         args.checkpoints = checkpoints_among(args.checkpoints)

@@ -43,7 +43,7 @@ from evals.describe import (
 from evals.judge import judge_of, replies
 from evals.regions import prompt_of, read_known
 from support.command_line import Parser
-from support.common import InputError, Number, progress, read_json, run_program, say
+from support.common import InputError, Number, check_file, progress, read_json, run_program, say
 from support.common import field as value_of
 from support.folders import check_can_write
 from support.outputs import Journal, check_output_folder, digest, write_rows
@@ -170,6 +170,8 @@ def evaluate(args):
     """
     if bool(args.checkpoints) == bool(args.score):
         raise InputError("name checkpoints to ask, or else texts that exist: --score FILE")
+    for path in args.score or ():
+        check_file(path)
     if args.checkpoints:
         start_processes()
         args.checkpoints = checkpoints_among(args.checkpoints)

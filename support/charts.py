@@ -7,24 +7,25 @@ Used by the picture of a training run, by sweeps, by the report and by the figur
 architecture.
 """
 import math
+import re
 from dataclasses import dataclass
 from html import escape
 
 COLOURS = 7                                 # colours of lines; more lines use them again
 WIDTH, HEIGHT = 340, 220                    # pixels of a panel
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 28, 38   # its margins
-# One palette for charts and report: ink, its fainter shades, and lines that colour-blind readers
-# can tell apart (the hues of Okabe and Ito). Line 0 is grey: the base.
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2126; --soft: #5d6670; --faint: #d9dee3;
-  --c0: #7a838c; --c1: #0068a8; --c2: #c8550b; --c3: #00805f; --c4: #a04f83; --c5: #a67800; \
---c6: #3b8fc4;
-  --c7: #1d2126; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e4e7ea; --soft: #9aa4ae; \
---faint: #343a41;
-  --c0: #939ca5; --c1: #58b0ea; --c2: #f08a45; --c3: #2fc79c; --c4: #d98fbd; --c5: #dfb13f; \
---c6: #9bd0f2;
-  --c7: #e4e7ea; } }
+# One palette for charts and report, {name: (light, dark)}: ink, its fainter shades, and lines that
+# colour-blind readers can tell apart (the hues of Okabe and Ito). Line 0 is grey: the base.
+PALETTE = {"paper": ("#ffffff", "#14171a"), "ink": ("#1d2126", "#e4e7ea"),
+           "soft": ("#5d6670", "#9aa4ae"), "faint": ("#d9dee3", "#343a41"),
+           "c0": ("#7a838c", "#939ca5"), "c1": ("#0068a8", "#58b0ea"),
+           "c2": ("#c8550b", "#f08a45"), "c3": ("#00805f", "#2fc79c"),
+           "c4": ("#a04f83", "#d98fbd"), "c5": ("#a67800", "#dfb13f"),
+           "c6": ("#3b8fc4", "#9bd0f2"), "c7": ("#1d2126", "#e4e7ea")}
+LIGHT, DARK = ("; ".join(f"--{name}: {pair[n]}" for name, pair in PALETTE.items())
+               for n in (0, 1))
+DARK_MODE = "@media (prefers-color-scheme: dark)"
+RULES = """
 svg.chart { font: 11px system-ui, sans-serif; fill: var(--ink); }
 svg.chart .title { font-weight: 600; font-size: 12px; }
 svg.chart .soft { fill: var(--soft); }
@@ -34,6 +35,10 @@ svg.chart .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 svg.chart .band { opacity: .16; }
 svg.chart .ring { fill: none; stroke-width: 1.4; }
 """
+# For a page of HTML. A file of its own has no variables: `whole_file`.
+STYLE = f"""
+:root {{ color-scheme: light dark; {LIGHT}; }}
+{DARK_MODE} {{ :root {{ {DARK}; }} }}{RULES}"""
 
 
 @dataclass
@@ -220,6 +225,24 @@ def sheet(panels, names, notes=(), columns=3):
         placed.append(drawn.replace("<svg ", f"<svg {place} ", 1))
     below = [f'<text class="soft" x="16" y="{height - 16 * n - 8}">{escape(note)}</text>'
              for n, note in enumerate(reversed(notes))]
-    paper = (f'<style>{STYLE}</style>'
-             f'<rect width="{width}" height="{height}" fill="var(--paper)"/>')
-    return svg(width, height, "".join([paper, *legend, *placed, *below])) + "\n"
+    return whole_file(width, height, "".join([*legend, *placed, *below]))
+
+
+def plain(text, dark=False):
+    """A text with colours in place of their names."""
+    return re.sub(r"var\(--(\w+)\)", lambda name: PALETTE[name[1]][dark], text)
+
+
+def whole_file(width, height, content, rules="", attributes=""):
+    """A whole SVG file: plain colours, which every viewer shows, and others in dark mode, which
+    browsers add.
+    """
+    rules = RULES + rules
+    dark = [plain(rules, dark=True)]
+    for light, other in PALETTE.values():
+        dark += [f'[{what}="{light}"] {{ {what}: {other}; }}' for what in ("fill", "stroke")]
+        dark.append(f'[style="fill: {light}"] {{ fill: {other} !important; }}')
+    style = (f":root {{ color-scheme: light dark; }}{plain(rules)}"
+             f"{DARK_MODE} {{{' '.join(dict.fromkeys(dark))}}}")
+    paper = f'<rect width="{width}" height="{height}" fill="var(--paper)"/>'
+    return svg(width, height, f"<style>{style}</style>{plain(paper + content)}", attributes) + "\n"

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from support.bars import in_a_log_file
 from support.command_line import meant
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"     # how such a file begins
@@ -58,10 +59,14 @@ def run_program(main):
         sys.exit(130)
 
 
-def progress(*args, **kwargs):
-    """A tqdm bar. Only rank 0 shows it, and only for work that takes more than three seconds."""
+def progress(*args, disable=False, **options):
+    """A tqdm bar. Only rank 0 shows it, and only for work that takes more than three seconds.
+
+    In a log file it is a line every half minute (bars.py).
+    """
+    options = {"leave": False, "delay": 3} | options | in_a_log_file()
     other_rank = int(os.environ.get("RANK", 0)) > 0
-    return tqdm(*args, leave=False, delay=3, disable=other_rank, **kwargs)
+    return tqdm(*args, disable=disable or other_rank, **options)
 
 
 def say(text):

@@ -184,6 +184,7 @@ MISTAKES = {  # what: (program and flags that differ from right ones, what the e
                                 "global batch 7 ≠ 4 per device"),
     "no such checkpoint": (ask("nowhere/stage2"), "nowhere/stage2.*no such folder"),
     "no checkpoint": (ask("BAD/VG"), "VG: no checkpoint, no base"),
+    "a file of a checkpoint": (ask("BAD/stage1/config.json"), "one file of a model; name its fol"),
     "no such questions": (ask(pope_path="nowhere/pope"), "nowhere/pope.*coco_pope_random.json"),
     "questions cut": (ask(pope_path="BAD/pope", set="random"), "pope/coco_pope_random.json.*JSON"),
     "no val2014": (ask(coco_path="nowhere/coco"), "nowhere/coco/val2014.*no such folder"),

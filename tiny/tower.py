@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
+from support import common
 from support.preprocessing import CLIP_MEAN, CLIP_STD
 from tiny.pictures import NAMES, SIDE, picture
 
@@ -50,7 +50,7 @@ def pretrain_tower(tower, seed, options, progress=True):
     pixels, shares = render(seed, "tower", options.images, progress)
     tower.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(seeing.parameters(), weight_decay=0.01, fused=True)
-    bar = tqdm(batches, desc="vision tower", unit="step", disable=not progress)
+    bar = common.progress(batches, "vision tower", unit="step", disable=not progress)
     for step, batch in enumerate(bar):
         # The learning rate: a tenth of warm-up, then a cosine.
         done = (step + 1) / len(batches)
@@ -118,7 +118,8 @@ def render(seed, split, count, progress):
     pixels = torch.empty(count, SIDE, SIDE, 3, dtype=torch.uint8)
     shares = torch.empty(count, PATCHES, width)
     patch_of = np.kron(np.arange(PATCHES).reshape(side, side), np.ones((PATCH, PATCH), int))
-    for i in tqdm(range(count), desc="pictures for the tower", unit="image", disable=not progress):
+    for i in common.progress(range(count), "pictures for the tower", unit="image",
+                             disable=not progress):
         _, _, image, owner = picture(seed, split, i, biased=i % 2 == 0)
         area = np.bincount((patch_of * width + owner).ravel(), minlength=PATCHES * width)
         pixels[i] = torch.from_numpy(image)

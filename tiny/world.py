@@ -31,9 +31,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import sentencepiece
 from PIL import Image
-from tqdm import tqdm
 
 from data import DESCRIBE
+from support import common
 from support.command_line import Parser
 from support.common import InputError, Number, run_program
 from support.templates import SYSTEM
@@ -174,8 +174,8 @@ def shown_images(split, seed, count):
 
 def draw_images(root, seed, shown, progress=True):
     """Write the images of some splits: {split: [Shown]}."""
-    with tqdm(total=sum(map(len, shown.values())), desc="tiny world", unit="image",
-              disable=not progress) as bar:
+    with common.progress(total=sum(map(len, shown.values())), desc="tiny world", unit="image",
+                         disable=not progress) as bar:
         for split, images in shown.items():
             for i, image in enumerate(images, 1):
                 os.makedirs(os.path.dirname(f"{root}/{image.path}"), exist_ok=True)

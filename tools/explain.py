@@ -43,11 +43,14 @@ from support.common import InputError, Number, run_program
 from tiny.places import shipped_base
 from tools.explain_load import load, random_model
 from tools.explain_text import (
+    COLUMN,
+    NARROW,
     WIDTH,
     answer_tokens,
     four_digits,
     line_with_place,
     mask_picture,
+    paragraph,
     place_of,
     shaded,
     shown_tokens,
@@ -128,14 +131,15 @@ def show_tokens(passage):
     yield from (f"      {part}" for part in textwrap.wrap(" ".join(words), WIDTH - 6))
     columns = []
     for number, name in (CHOSEN, "chosen"), (REJECTED, "rejected"):
-        column = [f"branch {number}, {name}", "token  position  piece       label  predicted by"]
+        place, source = ("at", "from") if NARROW else ("position", "predicted by")
+        column = [f"branch {number}, {name}", f"token  {place:>4}  piece       label  {source}"]
         for t, k in answer_tokens(row, number):
-            column.append(f"{t:>5}  {row.position[t]:>8}  {pieces[t]:<11}{row.target[k]:>6}"
-                          f"  {row.source[k]:>12}")
+            column.append(f"{t:>5}  {row.position[t]:>{max(4, len(place))}}  {pieces[t]:<11}"
+                          f"{row.target[k]:>6}  {row.source[k]:>{len(source)}}")
         columns.append(column)
     yield from side_by_side(*columns)
-    yield (f"   Both answers begin at position {prefix}, and token {prefix - 1} predicts the first "
-           "word of both.")
+    yield from paragraph(f"   Both answers begin at position {prefix}, and token {prefix - 1} "
+                         "predicts the first word of both.")
 
 
 def show_mask(passage):
@@ -199,12 +203,14 @@ def show_block(passage):
     residual = " + h" if module.config.outer_residual else ""
     rows.append((f"eq. 4  out = b{residual}", "out − h", whole, out - h))
     for equation, name, where, x in rows:
-        size = f"largest |{name}| {four_digits(x.detach().abs().max())}"
-        yield line_with_place(f"   {equation:<41}{str(tuple(x.shape)):<16}{size}",
+        largest = four_digits(x.detach().abs().max())
+        size = f"|{name}| ≤ {largest}" if NARROW else f"largest |{name}| {largest}"
+        shape = str(tuple(x.shape)).ljust(12 if NARROW else 15)
+        yield line_with_place(f"   {equation:<41}{shape} {size}",
                               place_of(where, f"# {equation[:5]}"))
     if module.is_identity():
-        yield ("   The identity, because out_proj and fc2 start at zero: policy = reference, and "
-               "this is step 0.")
+        yield from paragraph("   The identity, because out_proj and fc2 start at zero: policy = "
+                             "reference, and this is step 0.")
     if module.config.attention == "cross":
         weights = module.attention_weights(h[None, :1], context)[0, :, 0].mean(0)
         weights = weights[:passage.objective.trunk.config.vision.num_patches]          # (P,)
@@ -239,7 +245,7 @@ def show_logps(passage):
     yield from side_by_side(*columns)
     chosen, rejected = (f"{'sum':<14}{four_digits(ours):>10}{four_digits(theirs):>13}"
                         for ours, theirs in zip(*sums, strict=True))
-    yield line_with_place(f"   {chosen:<54}{rejected}", place_of(sequence_logps))
+    yield line_with_place(f"   {chosen:<{COLUMN}}{rejected}", place_of(sequence_logps))
 
 
 def show_loss(passage):
@@ -268,7 +274,10 @@ def show_loss(passage):
     yield line_with_place("7  THE LOSS", f"{place_of(preference_loss)} preference_loss")
     for name, formula, metric, source, place in rows:
         value = four_digits(metrics[metric] if metric else preference)
-        yield line_with_place(f"   {name:<18}{formula:<42}{value:>9}   {source}", place)
+        line = f"   {name:<18}{formula:<42}{value:>9}"
+        if NARROW and source:
+            source, place = "", f"{source}   {place}"
+        yield line_with_place(f"{line}   {source}".rstrip(), place)
 
 
 def show_gradient(passage):
@@ -281,7 +290,8 @@ def show_gradient(passage):
         yield f"   {f'{len(moved) - 4} others':<60}{'less':>9}"
     still = len(norms) - len(moved)
     if still:
-        yield f"   {f'{still} others':<60}{0:9.4f}   what multiplies them is still zero"
+        rest = f"   {f'{still} others':<60}{0:9.4f}"
+        yield f"{rest}{chr(10) if NARROW else ''}   what multiplies them is still zero"
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -302,8 +312,8 @@ def main():
         if path:
             objective, model, examples = load(path)
         else:
-            print("no tiny world in out/ (train.py makes it): drawing a small one, with a random "
-                  "model, in a temporary folder")
+            print(textwrap.fill("no tiny world in out/ (train.py makes it): drawing a small one, "
+                                "with a random model, in a temporary folder", WIDTH))
             objective, model, examples = random_model(os.path.join(folder, "world"))
         if not 0 <= args.pair < len(examples):
             raise InputError(f"--pair {args.pair}: the data hold {len(examples)} pairs, counted "

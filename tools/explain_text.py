@@ -2,6 +2,8 @@
 import inspect
 import itertools
 import os
+import shutil
+import textwrap
 
 import torch.nn.functional as F
 
@@ -10,7 +12,11 @@ from dpo import CHOSEN, REJECTED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-WIDTH = 110             # characters of a printed line
+# Characters of a printed line: as many as a terminal has, and in a file the most.
+NARROWEST, WIDEST = 80, 110
+WIDTH = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
+NARROW = WIDTH < WIDEST
+COLUMN = WIDTH // 2 - 1         # of two columns side by side
 SHADES = " ░▒▓█"
 KEPT = 11, 3            # first and last tokens of a long answer that are printed
 
@@ -28,13 +34,27 @@ def place_of(thing, code=None):
 
 
 def line_with_place(text, place=""):
-    """A line of text, and at the right margin the place in the source that it is about."""
-    return f"{text.ljust(WIDTH - 1 - len(place))} {place}".rstrip()
+    """A line of text, and at the right margin the place in the source that it is about.
+
+    Where both do not fit, the place stands in the next line.
+    """
+    if len(text) + 1 + len(place) <= WIDTH:
+        return f"{text.ljust(WIDTH - 1 - len(place))} {place}".rstrip()
+    return "\n".join([*paragraph(text), place.rjust(WIDTH)])
+
+
+def paragraph(text):
+    """The lines of a text that may be too long for one; its indentation stays."""
+    indent = " " * (len(text) - len(text.lstrip()))
+    if len(text) <= WIDTH:
+        return [text]
+    return textwrap.wrap(text.strip(), WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def tensor_line(name, x, text, place=""):
     """A line about the tensor `x`: its name, its shape, what it is, the place in the source."""
-    return line_with_place(f"   {name:<19}{str(tuple(x.shape)):<16}{text}", place)
+    shape = str(tuple(x.shape)).ljust(12 if NARROW else 15)
+    return line_with_place(f"   {name:<{18 if NARROW else 19}}{shape} {text}", place)
 
 
 def four_digits(x):
@@ -48,8 +68,8 @@ def side_by_side(left, right):
     kept = abridged(range(len(pairs)), *KEPT)
     for n in kept:
         if n and n - 1 not in kept:
-            yield f"   {'…':<54}…"
-        yield f"   {pairs[n][0]:<54}{pairs[n][1]}".rstrip()
+            yield f"   {'…':<{COLUMN}}…"
+        yield f"   {pairs[n][0]:<{COLUMN}}{pairs[n][1]}".rstrip()
 
 
 # ---- Tokens of a row -----------------------------------------------------------------------------
@@ -88,10 +108,12 @@ def mask_picture(mask, groups):
 
     `groups` (n) are the branches of the columns; a gap stands between two of them.
     """
+    space = "" if NARROW else " "
     gaps = ["  " if j and groups[j] != groups[j - 1] else "" for j in range(len(groups))]
     lines = []
     for row in mask.tolist():
-        cells = [gap + ("■ " if seen else "· ") for gap, seen in zip(gaps, row, strict=True)]
+        cells = [gap + ("■" if seen else "·") + space
+                 for gap, seen in zip(gaps, row, strict=True)]
         lines.append("".join(cells).rstrip())
     return lines
 

@@ -20,7 +20,7 @@ from eval_pope import LEANS, labelled_yes, leans
 from post_decoder import VARIANTS, BlockConfig
 from support.charts import COLOURS, Axis, Line, panel, sheet, span
 from support.command_line import Parser
-from support.common import InputError, field, read_json, run_program
+from support.common import InputError, check_file, field, read_json, run_program
 from support.outputs import check_output_file, write_text
 from training.picture import draw_training
 
@@ -114,10 +114,15 @@ def main():
                         help="metrics.jsonl of runs, or metrics.json of evaluations")
     parser.add_argument("--output", required=True, metavar="SVG", help="the file to write")
     args = parser.parse_args()
+    for path in args.files:
+        check_file(path)
     endings = {os.path.splitext(path)[1] for path in args.files}
     if endings not in ({".jsonl"}, {".json"}):
         raise InputError(f"{', '.join(args.files)}: name either metrics.jsonl of runs or "
                          "metrics.json of evaluations, not both")
+    if not args.output.endswith(".svg"):
+        raise InputError(f"--output {args.output}: an SVG is written; name a file that ends with "
+                         ".svg")
     check_output_file(args.output, "--output")
     draw = draw_training if endings == {".jsonl"} else draw_sweep
     write_text(args.output, draw(args.files))

@@ -42,7 +42,7 @@ from PIL import Image
 from eval_pope import evaluate, flags, labelled_yes, open_prompts
 from model import answer_states
 from support.charts import STYLE
-from support.common import progress, run_program
+from support.common import InputError, progress, run_program
 from support.outputs import check_output_file, write_text
 from support.processes import end_processes
 from tools.report_descriptions import read_descriptions, section
@@ -246,6 +246,9 @@ def main():
     parser.add_argument("--descriptions", metavar="FOLDER",
                         help="a folder of evals/chair.py, to show its texts too")
     args = parser.parse_args()
+    if not args.output.endswith((".html", ".htm")):
+        raise InputError(f"--output {args.output}: a page of HTML is written; name a file that "
+                         "ends with .html")
     check_output_file(args.output, "--output")
     described = read_descriptions(args.descriptions) if args.descriptions else None
     evaluation = evaluate(args)

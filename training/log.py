@@ -15,10 +15,9 @@ import time
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from checkpoints.load import checkpoint_type, read_config
-from support.common import say
+from support.common import progress, say
 from support.outputs import Lines
 from training.monitors import reporting
 from training.recipes import world_of_files
@@ -62,8 +61,8 @@ class StepLog:
         first = dist.get_rank() == 0
         path = os.path.join(self.run.folder, "metrics.jsonl") if first else os.devnull
         self.file = Lines(path, "make room there, and go on with --resume")
-        self.bar = tqdm(total=self.run.steps, initial=self.start, desc="training", unit="step",
-                        disable=not first, mininterval=0.5)
+        self.bar = progress(total=self.run.steps, initial=self.start, desc="training", unit="step",
+                            leave=True, delay=0, mininterval=0.5)
         return self
 
     def __exit__(self, *exception):

@@ -42,7 +42,8 @@ def look_at_the_data(args, tiny):
         paths = getattr(args, name)
         if not paths:
             wanted = ", ".join(f"--{n}" for n in needed)
-            raise InputError(f"--{name} is missing: --loss {args.loss} needs {wanted}{or_else}")
+            raise InputError(f"--{name} is missing: --loss {args.loss} needs {wanted}{or_else}; "
+                             "docs/real_weights.md tells where they come from")
         for path in paths if isinstance(paths, list) else [paths]:
             if not os.path.exists(path):
                 raise InputError(f"--{name} {path}: no such file or folder; {meant(path)}")

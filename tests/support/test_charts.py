@@ -1,5 +1,6 @@
 """support/charts.py: what is drawn stands where the numbers say, and ticks are round numbers."""
 import math
+import re
 import xml.etree.ElementTree as xml
 
 import numpy as np
@@ -9,8 +10,10 @@ from drawings import dots_of, lines_of, path_points, place_of
 
 from support.charts import (
     BOTTOM,
+    DARK_MODE,
     HEIGHT,
     LEFT,
+    PALETTE,
     RIGHT,
     TOP,
     WIDTH,
@@ -18,6 +21,7 @@ from support.charts import (
     Line,
     number,
     panel,
+    sheet,
     ticks,
 )
 
@@ -65,3 +69,18 @@ def test_what_cannot_be_drawn_is_left_out():
     assert len(path_points(line)) == 2
     xml.fromstring(panel("nothing", [Line([], [])]))
     xml.fromstring(panel("one value", [Line([1, 1], [5., 5.])]))
+
+
+def test_a_file_has_plain_colours_and_others_in_dark_mode():
+    """Viewers without variables (rsvg-convert) showed everything black."""
+    text = sheet([panel("a", [Line([1, 2], [1, 2], colour=1)])], {"run": 1})
+    before, _, dark = text.partition(DARK_MODE)
+    assert "var(" not in text and text.count(DARK_MODE) == 1
+    assert "fill: #1d2126" in before and "svg.chart .soft { fill: #5d6670; }" in before
+    rules, _, content = dark.partition("</style>")
+    assert "svg.chart .soft { fill: #9aa4ae; }" in rules
+    assert '[stroke="#0068a8"] { stroke: #58b0ea; }' in rules
+    used = set(re.findall(r'(?:fill|stroke)="(#\w+)"', content))
+    assert used == {"#0068a8", "#ffffff"} and all(f'"{colour}"' in rules for colour in used)
+    light = [pair[0] for name, pair in PALETTE.items() if name != "c7"]       # c7 is ink
+    assert len(set(light)) == len(light)

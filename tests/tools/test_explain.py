@@ -235,3 +235,14 @@ def test_command_line(world, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["explain", *flags])
         with pytest.raises(InputError, match=message):
             main()
+
+
+def test_at_a_terminal_of_80_columns(tmp_path):
+    """Nothing is wider, no number of the wide form is missing, and no line breaks."""
+    wide, narrow = (succeeds("python", "-m", "tools.explain", cwd=tmp_path, COLUMNS=columns,
+                             PYTHONPATH=ROOT) for columns in ("200", "80"))
+    assert 100 < max(map(len, wide.splitlines())) <= 110
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert {n for n in re.findall(r"-?\d+\.\d{4}", wide)} == {
+        n for n in re.findall(r"-?\d+\.\d{4}", narrow)}
+    assert PLACE.findall(wide) == PLACE.findall(narrow)

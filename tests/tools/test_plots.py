@@ -131,8 +131,11 @@ def test_typed_by_a_user(tmp_path, monkeypatch):
     succeeds(*program, sweep, "--output", "sweep.svg", cwd=tmp_path)
     text = (tmp_path / "sweep.svg").read_text()
     assert "prefers-color-scheme: dark" in text and not re.search(r"(href|src|url\()", text)
-    for wrong in ([run, sweep, "--output", "x.svg"], [run, "--output", "nowhere/x.svg"]):
+    for wrong, of in (([run, sweep, "--output", "x.svg"], "not both"),
+                      ([run, "--output", "nowhere/x.svg"], "nowhere/x.svg"),
+                      (["nope", "--output", "x.svg"], "nope: no such file"),
+                      ([run, "--output", "x.png"], "--output x.png: an SVG is written; name a")):
         done = shell(*program, *wrong, cwd=tmp_path)
-        assert done.returncode == 1 and done.stderr.startswith("error: ")
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and of in done.stderr
         assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "x.svg").exists()
+    assert not (tmp_path / "x.svg").exists() and not (tmp_path / "x.png").exists()

@@ -42,7 +42,8 @@ REFUSED = {     # other flags, names of files; what is said
         "--preference_data: is the data of --loss dpo, ipo and hinge"),
     "no data, dpo": (
         "--stage 1", (MODEL,),
-        "--vg_path is missing: --loss dpo needs --vg_path, --desc_data_path, --pope_data_path$"),
+        "--vg_path is missing: --loss dpo needs --vg_path, --desc_data_path, --pope_data_path; "
+        "docs/real_weights.md tells where they come from$"),
     "no data, sft": (
         "--stage 1 --loss sft", (MODEL,), "--vg_path is missing: --loss sft needs --vg_path, "
         "--desc_data_path, --pope_data_path; or --data_path alone"),
