@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -44,8 +45,14 @@ OWN = len(list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
 
 def serve(control):
     """Answer requests until there are no more. Only a forked process returns, with its request."""
-    groups = {}         # of the commands that may still run
+    running = {}        # a program's pidfd → its pid, and the pipe that is told of its end
     while True:
+        ready, _, _ = select.select([control, *running], [], [])
+        for ended in set(ready) - {control}:
+            tell_end(*running.pop(ended))
+            os.close(ended)
+        if control not in ready:
+            continue
         message, files, _, _ = socket.recv_fds(control, LARGEST, 4)
         if not message:
             break
@@ -55,39 +62,40 @@ def serve(control):
         pid = os.fork()
         if not pid:
             control.close()
-            request = watch(request, *files)
-            if request:
-                return request
-            os._exit(0)
-        groups[pid] = True
-        for file in files:
+            take_place(files, running)
+            return request
+        told = files.pop()
+        for file in files:          # the reader of a pipe waits for its last writer
             os.close(file)
-        while ended := os.waitpid(-1, os.WNOHANG)[0] if groups else 0:
-            del groups[ended]
+        os.write(told, f"{pid}\n".encode())
+        running[os.pidfd_open(pid)] = pid, told
     # Nobody waits for what is left.
-    for pid in groups:
+    for pid, _ in running.values():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)        # one that has no group of its own yet
         os.waitpid(pid, 0)
     os._exit(0)
 
 
-def watch(request, stdin, stdout, stderr, told):
-    """Fork the program and tell its pid and how it ended → the request, in the program."""
+def take_place(files, others):
+    """In a forked process: a group of its own, the program's files, and no pipe of other ones."""
     os.setpgid(0, 0)
-    pid = os.fork()
-    if not pid:
-        for number, file in enumerate((stdin, stdout, stderr)):
-            os.dup2(file, number)
-    for file in (stdin, stdout, stderr):        # the reader of a pipe waits for its last writer
+    for number, file in enumerate(files[:3]):
+        os.dup2(file, number)
+    for file in files:
         os.close(file)
-    if not pid:
+    for process, (_, told) in others.items():
+        os.close(process)
         os.close(told)
-        return request
-    os.write(told, f"{pid}\n".encode())
+
+
+def tell_end(pid, told):
+    """Tell how a program has ended, if anybody still asks."""
     _, status = os.waitpid(pid, 0)
-    os.write(told, f"{os.waitstatus_to_exitcode(status)}\n".encode())
-    return None
+    with contextlib.suppress(BrokenPipeError):
+        os.write(told, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os.close(told)
 
 
 def compiled(path):

@@ -21,8 +21,10 @@ import tempfile
 import threading
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# What a launcher, or a test in this process, tells its own processes.
-FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "DS_ACCELERATOR")
+# What a launcher, or a test in this process, tells its own processes; and what would have every
+# program compile our modules anew.
+FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "DS_ACCELERATOR",
+           "PYTHONDONTWRITEBYTECODE")
 LIMIT = 200         # seconds, until a command hangs
 
 
