@@ -30,6 +30,7 @@ from support.common import device_and_dtype
 
 SIZES = {
     "7b": LlavaConfig(),
+    "13b": LlavaConfig(LlamaConfig(32000, 5120, 13824, 40, 40, 40)),
     "1b": LlavaConfig(LlamaConfig(32000, 2048, 5632, 22, 32, 4, 4096)),        # TinyLlama-1.1B's
     "tiny": LlavaConfig(LlamaConfig(512, 64, 96, 3, 8, 4, 2048),
                         CLIPVisionConfig(24, 48, 3, 4, image_size=24, patch_size=8)),
