@@ -20,13 +20,15 @@ def with_voco(model, count):
     """A Llava whose trunk is still in its files, for rows with `count` <voco> tokens → the same.
 
     A base without the token gets it, as the last row of embeddings and lm_head. InputError where
-    the base has other tokens around its images.
+    the base has other tokens around its images, or images of any resolution.
     """
     config, embedding, lm_head = model.config, model.trunk.model.embed_tokens, model.head.lm_head
-    if config.image_start_end:
-        raise InputError(f"--voco {count}: this base has tokens around the image "
-                         "(mm_use_im_start_end), and a row with <voco> tokens has no place for "
-                         "them; name another base")
+    for name, value in (("mm_use_im_start_end", config.image_start_end),
+                        ("image_grid_pinpoints", config.pinpoints)):
+        if value:
+            raise InputError(f"--voco {count}: the base's config.json has {name}, and a row with "
+                             "<voco> tokens has a plain image of one size; name another base, such "
+                             "as a LLaVA-1.5")
     if not config.num_voco:
         lazy, *how = embedding.weight.in_file
         shape = lazy.shape[0] + 1, lazy.shape[1]

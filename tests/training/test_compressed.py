@@ -9,11 +9,10 @@ import torch
 from conftest import as_llava, largest_difference, load_json, shake, small_llava
 from safetensors.torch import load_file, save_file
 
-import data
 import eval_pope
 from checkpoints.load import load_base
 from checkpoints.save import save_base
-from data import IMAGE, Example, PackedDataset, Tokenizer
+from data import IMAGE, Example, ImageProcessor, PackedDataset, Tokenizer
 from evals import chair
 from model import Head, answer
 from support.common import InputError
@@ -74,7 +73,8 @@ def test_two_passes_say_what_one_says(world, model, tmp_path, compressions, monk
     expected = said(model, dataset)
     rest = without_images(str(tmp_path), dataset, model)
     assert len(compressions) == 7
-    monkeypatch.setattr(data, "open_image", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(ImageProcessor, "__call__",
+                        lambda self, image: pytest.fail(f"{image} was opened"))
     found = said(model, rest)
     worst = 0
     for i, (texts, logits) in expected.items():

@@ -114,10 +114,13 @@ def test_the_token_is_learnt_with_llama_from_conversations(what):
     assert str(error.value).startswith("--voco 2: a new token is learnt with LLaMA")
 
 
-def test_a_base_with_tokens_around_the_image_is_refused(world):
+@pytest.mark.parametrize("name, setting, value", (
+    ("image_start_end", "mm_use_im_start_end", True),
+    ("pinpoints", "image_grid_pinpoints", ((48, 24),))))
+def test_other_versions_of_llava_are_refused(world, name, setting, value):
     model = load_base(world.base, read_trunk=False)
-    model.config.image_start_end = True
-    with pytest.raises(InputError, match="--voco 2: this base has tokens around the image"):
+    setattr(model.config, name, value)
+    with pytest.raises(InputError, match=f"--voco 2: the base's config.json has {setting}, and"):
         with_voco(model, 2)
 
 
