@@ -28,12 +28,14 @@ BITS = 4, 8, 16
 STATE = ".quant_state.bitsandbytes__nf4"
 PARTS = "", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE
 BITS_HELP = "hold LLaMA's linears in 4 (NF4) or 8 bits, or in all 16; default: as the files are"
-# What Hugging Face's files say of themselves. The skipped modules are its names of what stays.
+# What Hugging Face's files say of themselves. The skipped modules stay: names of several
+# of its versions.
 QUANTISATION = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
                 "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
                 "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "bfloat16",
-                "llm_int8_skip_modules": ["lm_head", "vision_tower", "multi_modal_projector",
-                                          "mm_projector"]}
+                "llm_int8_skip_modules": [
+                    "lm_head", "vision_tower", "model.vision_tower", "multi_modal_projector",
+                    "model.multi_modal_projector", "mm_projector", "model.mm_projector"]}
 READ = ("quant_method", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage")
 
 

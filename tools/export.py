@@ -2,6 +2,7 @@
 
     python -m tools.export tiny/base whole                      # transformers, vLLM, SGLang
     python -m tools.export tiny/base other --format llava       # LLaVA's own code, and this one
+    python -m tools.export tiny/base quarter --bits 4           # with bitsandbytes' 4 bits
     python -m tools.export out/lora adapter --format peft       # LoRA alone, on the llava-hf base
     python -m tools.export out/lora whole --push me/my-llava    # and upload it, private at first
 
@@ -25,6 +26,7 @@ import torch
 from checkpoints.card import pope_of, values_of, write_card
 from checkpoints.hub import folder_of, import_hub, is_name
 from checkpoints.load import Source, base_of, checkpoint_type, load_whole
+from checkpoints.quantised import QUANTISATION, packed_tensors
 from checkpoints.save import preprocessor_config, save_base
 from clip_vit import TOWER, CLIPVisionTower
 from data import BOS, EOS, IMAGE
@@ -61,7 +63,8 @@ CHAT = ("{{ '" + SYSTEM.replace("'", "\\'") + " ' }}{% for message in messages %
 def hf_tensors(model):
     """A Llava → {Hugging Face's name: tensor}."""
     trunk, head, tensors = model.trunk, model.head, {}
-    for name, tensor in (dict(trunk.state_dict()) | dict(head.state_dict())).items():
+    whole = dict(trunk.state_dict()) | packed_tensors(trunk) | dict(head.state_dict())
+    for name, tensor in whole.items():
         ours = next(prefix for prefix in RENAMES if name.startswith(prefix))
         tensors[RENAMES[ours] + name[len(ours):]] = tensor
     # There the projector is as wide inside as LLaMA; zeros behind a narrow one change nothing.
@@ -106,7 +109,8 @@ def hf_config(model):
         raise InputError(f"--format llava-hf: the projector's inner width is "
                          f"{config.projector_hidden_size}, and there it is LLaMA's "
                          f"({config.text.hidden_size}); say --format llava")
-    return {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+    told = {"quantization_config": QUANTISATION} if config.bits < 16 else {}
+    return {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], **told,
             "text_config": text, "vision_config": vision, "image_token_index": image,
             "image_token_id": image, "pad_token_id": image + 1, "projector_hidden_act": "gelu",
             "vision_feature_layer": config.select_layer, "ignore_index": -100,
@@ -191,6 +195,9 @@ def refuse_block(args, what):
         raise InputError(f"{args.checkpoint}: compresses images into <voco> tokens, and no public "
                          "server knows their mask; the programs here do")
     if args.format == "peft":
+        if args.bits:
+            raise InputError("--format peft: an adapter has no linears to write in --bits "
+                             f"{args.bits}; leave it out")
         if what != "adapter":
             raise InputError(f"{args.checkpoint}: --format peft takes a LoRA checkpoint, and this "
                              "is none; say --format llava-hf")
@@ -201,7 +208,8 @@ def refuse_block(args, what):
 
 def load(args):
     """The whole model."""
-    model = load_whole(Source([args.checkpoint], args.model_name_or_path, args.vision_tower))
+    model = load_whole(Source([args.checkpoint], args.model_name_or_path, args.vision_tower,
+                              args.bits))
     if model.head.block_config:                     # of the notes' file only its tensors tell
         raise InputError(f"{args.checkpoint}: has a post-interaction block, and no public server "
                          "can run it")
@@ -264,6 +272,8 @@ def main():
     add("output", metavar="OUT", help="folder to write; must not exist yet")
     add("--format", choices=FORMATS, default="llava-hf",
         help="transformers' layout, LLaVA's own, or LoRA alone for peft")
+    add("--bits", type=int, choices=(4, 16), help="write LLaMA's linears in 4 bits, as "
+        "bitsandbytes does, or in all 16; default: as the files are")
     add("--model_name_or_path", help="the base, where CKPT does not name it")
     add("--vision_tower", help="CLIP's folder, where base and CKPT name none that is there")
     add("--push", metavar="NAME", help="upload OUT to OWNER/NAME on the Hugging Face hub; default: "

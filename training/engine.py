@@ -246,11 +246,13 @@ class MasterAdamW(torch.optim.AdamW):
         pairs = [(parameter, master)
                  for parameter, master in zip(self.rounded, self.masters, strict=True)
                  if parameter.grad is not None]
-        for _, master in pairs:
-            master.grad = torch.empty_like(master)
-        self.copy([p.grad for p, _ in pairs], [m.grad for _, m in pairs])
-        for parameter, _ in pairs:
-            parameter.grad = None
+        for n in range(0, len(pairs), 32):      # some at a time, or all would stand there twice
+            some = pairs[n:n + 32]
+            for _, master in some:
+                master.grad = torch.empty_like(master)
+            self.copy([p.grad for p, _ in some], [m.grad for _, m in some])
+            for parameter, _ in some:
+                parameter.grad = None
         # The engine asks for this attribute.
         max_norm = self.max_norm or math.inf
         self._global_grad_norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)

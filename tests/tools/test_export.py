@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import dpo_flags, load_json, run_train
+from conftest import dpo_flags, load_json, run_train, shake, small_config
 from hub_stand_in import StandIn
 from PIL import Image
 from programs import ROOT
@@ -18,8 +18,9 @@ import eval_pope
 import tools.export
 from checkpoints.card import BEGINS, add_pope, is_card
 from checkpoints.load import load_base, load_trained
-from data import EOS, IMAGE, Example, PackedDataset
-from model import generate
+from checkpoints.save import save_base
+from data import EOS, IMAGE, Example, ImageProcessor, PackedDataset, Tokenizer
+from model import Head, Llava, Trunk, generate
 from support.common import InputError
 from tools.export import padded_vocabulary
 
@@ -107,6 +108,59 @@ def test_transformers_says_the_same(tmp_path, pictures, monkeypatch):
     # And it is a base for the programs here again.
     again = load_base(str(tmp_path / "hf"), dtype=torch.float32)
     assert [said for _, said in ours(again, pictures)] == [s for _, s in ours(model, pictures)]
+
+@pytest.fixture(scope="module")
+def wide(world, tmp_path_factory):
+    """A random base whose rows are whole blocks of 64: bitsandbytes' kernel for the CPU gives wrong
+    numbers for others.
+    """
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(world.tokenizer)
+    config = small_config(8, 8, len(tokenizer))
+    config.text.intermediate_size, config.projector_hidden_size = 128, 64
+    trunk, head = shake(Trunk(config)), shake(Head(config))
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    save_base(str(folder), Llava(trunk, {"base": head}, tokenizer,
+                                 ImageProcessor(config.vision.image_size), ""))
+    return folder
+
+
+def test_transformers_reads_four_bits(wide, tmp_path, pictures, monkeypatch):
+    """Written by us and read with bitsandbytes; written with bitsandbytes and read by us."""
+    pytest.importorskip("bitsandbytes")
+    run(monkeypatch, wide, tmp_path / "hf", "--bits", 4)
+    model = load_base(str(tmp_path / "hf"), dtype=torch.float32)
+    assert model.config.bits == 4
+    expected = ours(model, pictures)
+    same(model, expected, theirs(str(tmp_path / "hf"), pictures))
+    assert [s for _, s in expected] != [s for _, s in ours(load_base(str(wide)), pictures)]
+
+    # A folder of the hub's: transformers quantises the 16-bit export itself, tower and all.
+    from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration
+    run(monkeypatch, wide, tmp_path / "whole")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                  bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch.float32)
+    written = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "whole", dtype=torch.float32, quantization_config=settings)
+    written.save_pretrained(tmp_path / "hub")
+    AutoProcessor.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "hub")
+    shutil.copy(tmp_path / "whole" / "tokenizer.model", tmp_path / "hub")
+    read = load_base(str(tmp_path / "hub"), dtype=torch.float32)
+    assert read.config.bits == 4
+    for name, theirs_linear in written.model.language_model.named_modules():
+        if name.endswith("_proj"):
+            mine = read.trunk.model.get_submodule(name).packed
+            state = theirs_linear.weight.quant_state
+            assert torch.equal(mine.codes, theirs_linear.weight.data)
+            assert torch.equal(mine.absmax, state.absmax) and mine.offset == state.offset.item()
+            assert torch.equal(mine.dequantised(torch.float32), state_of(theirs_linear))
+
+
+def state_of(linear):
+    """The whole weight of bitsandbytes' linear."""
+    from bitsandbytes.functional import dequantize_4bit
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 def test_lora_in_every_format(world, lora, tmp_path, pictures, monkeypatch):
