@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoints.load import Source, load_all, trained_folders
+from checkpoints.quantised import BITS, BITS_HELP
 from data import DESCRIBE, IMAGE, Example, PackedDataset
 from eval_pope import Protocol, ask, identity
 from evals.sampling import Conversation, Sampling
@@ -84,6 +85,7 @@ def flags(parser, usual):
         help="images at once, where it is greedy; default: what fits")
     add("--compressed", metavar="FOLDER", help="of a base with <voco> tokens: compress each image "
         "once and keep it there; then ask without it")
+    add("--bits", type=int, choices=BITS, help=BITS_HELP)
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     add("--score", nargs="+", metavar="FILE", help="texts that exist already: no model is loaded")
@@ -103,8 +105,8 @@ def describe(args, images, folder, output):
     check_images([os.path.join(folder, image) for image in images])
     rank = int(os.environ.get("RANK", 0))
     device, dtype = device_and_dtype(args.bf16)
-    model = load_all(Source(args.checkpoints, args.model_name_or_path, args.vision_tower), device,
-                     dtype)
+    source = Source(args.checkpoints, args.model_name_or_path, args.vision_tower, args.bits)
+    model = load_all(source, device, dtype)
     limit = min(args.max_new_tokens, model.config.text.max_position_embeddings)
     asking = Asking(args.prompt, args.system_prompt, args.num_beams, limit)
     say(f"{len(images)} images, {len(model.heads)} models, {asking.told()}")

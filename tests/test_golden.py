@@ -14,6 +14,7 @@ from programs import ROOT
 
 from checkpoints.layouts import read_seed_file
 from checkpoints.load import attach_weights, load_base, load_trained, load_weights
+from checkpoints.quantised import in_bits
 from data import (
     BOS,
     EOS,
@@ -25,7 +26,7 @@ from data import (
     pack,
     read_hadpo,
 )
-from dpo import Loss, preference_loss, sequence_logps, token_logps
+from dpo import Loss, answer_lengths, preference_loss, sequence_logps, token_logps
 from llama import branch_mask
 from model import answer_states, generate
 from post_decoder import VARIANTS, PostInteractionBlock
@@ -153,6 +154,24 @@ def test_logps(golden, pairs):
         for n, kind in enumerate(("chosen", "rejected")):
             expected = golden[f"{name}_{kind}"]
             assert largest_difference(f"{name} {kind}", logps[:, n], expected) < 1e-4
+
+
+@pytest.mark.parametrize("bits, usual, most", [(8, 0.01, 0.03), (4, 0.25, 0.7)])
+def test_logps_in_few_bits(golden, examples, bits, usual, most):
+    """Nats per answer token from the original's: root mean square over the pairs, and the worst."""
+    tower = os.path.join(GOLDEN, "clip-vit-tiny")
+    llava = load_base(os.path.join(GOLDEN, "llava-tiny"), vision_tower=tower, read_trunk=False)
+    load_weights(in_bits(llava, bits).trunk)
+    dataset = PackedDataset(examples, llava.row_format())
+    batch = dataset[range(len(dataset))]
+    head = trained_head(llava, "non_lora_trainables.bin")
+    logits = head(*answer_states(head, *llava.trunk(batch), batch))
+    of_tokens = token_logps(logits, batch.target.clamp(min=0))
+    tokens = answer_lengths(batch.target_branch)
+    expected = torch.stack([golden[f"policy_{kind}"] for kind in ("chosen", "rejected")], 1)
+    apart = (sequence_logps(of_tokens, batch.target_branch) - expected) / tokens
+    print(f"{bits} bits: {apart.square().mean().sqrt():.4f}, at most {apart.abs().max():.4f}")
+    assert usual / 10 < apart.square().mean().sqrt() < usual and apart.abs().max() < most
 
 
 def test_losses_rewards_gradients(golden, pairs):
