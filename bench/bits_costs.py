@@ -2,10 +2,10 @@
 
     python bench/bits_costs.py SEED… [--checkpoint stage2] [--bits 16 8 4] [--output results.jsonl]
 
-Each SEED is a folder as `train.py --output_dir SEED/stage2 --seed N` leaves it: `base`, a checkpoint
-that was trained on it in 16 bits (or more), and `world`, which is drawn anew from the base's seed
-where it is missing. Base and checkpoint are asked with the same trunk, so that their difference has
-no part of its rounding. "16 bits" are the files' own, fp32 on a CPU.
+Each SEED is a folder as `train.py --output_dir SEED/stage2 --seed N` leaves it: `base`, a
+checkpoint that was trained on it in 16 bits (or more), and `world`, which is drawn anew from the
+base's seed where it is missing. Base and checkpoint are asked with the same trunk, so that their
+difference has no part of its rounding. "16 bits" are the files' own, fp32 on a CPU.
 
 The table gives means over the seeds, and the paired difference to 16 bits with Student's 95 %
 interval over seeds. What was measured is kept in --output and not measured again.

@@ -32,7 +32,7 @@ def gradients(world, change=None, bits=None, checkpointing=False):
     add_lora(model.trunk.model, 4, 8, 0.0)
     for name, parameter in model.trunk.named_parameters():
         if name.endswith("lora_B.weight"):
-            torch.nn.init.normal_(parameter, std=0.05)          # from 0 on, A would have no gradient
+            torch.nn.init.normal_(parameter, std=0.05)          # at 0, A has no gradient
     trained = set_trained(model.trunk, model.head, ("lora",))
     if checkpointing:
         checkpoint_layers(model.trunk.model)
