@@ -132,6 +132,10 @@ def memory_advice(args, config):
         advice.append("a lower --per_device_train_batch_size (accumulation makes up for it)")
     if trains_trunk and not args.gradient_checkpointing:
         advice.append("--gradient_checkpointing")
+    loads_trunk = trains_trunk or not args.cache_features
+    frozen = loads_trunk and not (TRUNK - {"lora"}) & set(args.tune)
+    if frozen and zero["stage"] < 3 and (args.bits or 16) > 4:
+        advice.append("--bits 4")
     if zero["stage"] and not args.offload:
         advice.append("--offload")
     if trains_trunk and zero["stage"] < 3:

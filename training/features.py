@@ -150,7 +150,8 @@ def load_trunk(trunk):
     except torch.OutOfMemoryError as e:
         reason = str(e).partition("\n")[0]
         raise InputError(f"the GPU has no memory for the model's weights ({reason}): end what else "
-                         "runs there, or take a larger one; --bf16 halves fp32") from e
+                         "runs there, or take a larger one; --bf16 halves fp32, --bits 4 quarters "
+                         "bf16") from e
 
 
 def groups_by_image(dataset, indices, image_index):
@@ -238,7 +239,7 @@ def run_trunk(files, rows, dataset, batches, trunk, block_config):
             if len(whole) == 1:
                 raise InputError("the GPU has no memory for the model and one row of "
                                  f"{batch.input_ids.shape[1]} tokens: end what else runs there, or "
-                                 "take a larger one; --bf16 halves fp32")
+                                 "take a larger one; --bf16 halves fp32, --bits 4 quarters bf16")
             for part in (whole[:len(whole) // 2], whole[len(whole) // 2:]):
                 part = part if whole is groups else [part]
                 keep(part, *by_image[part])

@@ -98,13 +98,16 @@ def test_no_memory_for_the_weights_is_said(world, tmp_path, monkeypatch):
 
 
 LOWER, CHECKPOINT = "--per_device_train_batch_size", "--gradient_checkpointing"
-OFFLOAD, ZERO3 = "--offload", "ds_zero3.json"
+OFFLOAD, ZERO3, BITS = "--offload", "ds_zero3.json", "--bits 4"
 ADVICE = (      # flags, ZeRO stage of the file or None; what is advised, what would have no effect
-    (["--stage", "1"], None, {LOWER}, {CHECKPOINT, ZERO3}),
-    (["--stage", "1", LOWER, "1"], None, {"of more memory"}, {LOWER, CHECKPOINT}),
-    (["--lora_r", "8"], None, {LOWER, CHECKPOINT, ZERO3}, {OFFLOAD}),
+    (["--stage", "1"], None, {LOWER, BITS}, {CHECKPOINT, ZERO3}),
+    (["--stage", "1", LOWER, "1"], None, {BITS}, {LOWER, CHECKPOINT}),
+    (["--stage", "1", LOWER, "1", *BITS.split()], None, {"of more memory"}, {LOWER, BITS}),
+    (["--stage", "1", LOWER, "1", "--cache_features", "kept"], None, {"of more memory"}, {BITS}),
+    (["--lora_r", "8"], None, {LOWER, CHECKPOINT, BITS, ZERO3}, {OFFLOAD}),
     (["--lora_r", "8", CHECKPOINT], None, {LOWER, ZERO3}, {CHECKPOINT, OFFLOAD}),
-    (["--tune", "llama"], 1, {LOWER, CHECKPOINT, OFFLOAD, ZERO3}, set()),
+    (["--lora_r", "8"], 3, {LOWER, CHECKPOINT, OFFLOAD}, {BITS}),
+    (["--tune", "llama"], 1, {LOWER, CHECKPOINT, OFFLOAD, ZERO3}, {BITS}),
     (["--tune", "llama", OFFLOAD], 2, {LOWER, CHECKPOINT, ZERO3}, {OFFLOAD}),
     (["--tune", "llama", OFFLOAD, CHECKPOINT, LOWER, "1"], 3, {"more GPUs"},
      {OFFLOAD, CHECKPOINT, LOWER, ZERO3}),
