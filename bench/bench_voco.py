@@ -32,13 +32,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.effect import SMALL_STEPS, begin, make_base, run_train
+import train
+from bench.effect import SMALL, SMALL_STEPS, begin, run_train
 from bench.effect_asked import asked, judge, load, questions_of
 from bench.effect_rows import read_results
 from bench.effect_table import mean_and_sd
 from support.bars import in_a_log_file
 from support.common import InputError, run_program
-from tiny.prepare import TINY_LLAVA
+from tiny.places import draw_world
+from tiny.prepare import TINY_LLAVA, prepare_tiny_world
+from tiny.world import Sizes
+from training.engine import start_deepspeed
+from training.flags import parse_flags
 
 IMAGE = TINY_LLAVA.vision.num_patches           # tokens of an image that is not compressed
 TOKENS = (IMAGE, 8, 4, 2, 1)
@@ -69,6 +74,15 @@ def flags_of(root, seed, tokens, steps):
 
 def model_folder(root, tokens):
     return os.path.join(root, f"tokens{tokens}")
+
+
+def make_base(root, seed, small):
+    """The seed's world and base. Nothing is asked of the base: no preference pairs are needed."""
+    args = parse_flags(["--stage", "0", "--voco", "1", "--seed", str(seed),
+                        *(SMALL if small else ()), "--output_dir", model_folder(root, 1)])
+    _, device = start_deepspeed()
+    draw_world(os.path.join(root, "world"), seed, Sizes(**args.tiny_sizes), True)
+    prepare_tiny_world(args, train.train, device)       # what stage 0 with --voco starts from
 
 
 def make(args, seed, tokens):
@@ -193,7 +207,7 @@ def main(argv=None):
     start = spawn.Value("i", 0), torch.cuda.device_count(), logs
     with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
             tqdm(total=total, desc="models", unit="model", **in_a_log_file()) as bar:
-        worlds = {pool.submit(make_base, os.path.join(args.output_dir, f"seed{seed}"), seed, 0,
+        worlds = {pool.submit(make_base, os.path.join(args.output_dir, f"seed{seed}"), seed,
                               args.small): seed for seed, tokens in missing.items() if tokens}
         models = []
         for future in as_completed(worlds):

@@ -1,5 +1,6 @@
 """bench/bench_voco.py: what is run, what the table makes of it, and how it goes on."""
 import json
+import os
 
 import pytest
 
@@ -70,7 +71,9 @@ def test_a_small_run(tmp_path, in_this_process, monkeypatch):
     args = bench_voco.argparse.Namespace(output_dir=str(tmp_path), small=True,
                                          steps=STEPS)
     monkeypatch.setattr("tiny.tower.TEST_IMAGES", 200)
-    bench_voco.make_base(str(tmp_path / "seed46"), 46, 0, True)
+    bench_voco.make_base(str(tmp_path / "seed46"), 46, True)
+    assert sorted(os.listdir(tmp_path / "seed46")) == ["base", "untrained", "world"]
+    assert not (tmp_path / "seed46" / "world" / "hadpo").exists()       # the base is not asked
     made = bench_voco.make(args, 46, 2)
     timed = bench_voco.time_model(args, 46, 2)
     with open(tmp_path / "results.jsonl") as file:
