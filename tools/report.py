@@ -223,7 +223,8 @@ def page(records, chosen, attention, evaluation, descriptions=""):
         "reliability": reliability_charts(records, models, splits),
         "moves": move_tables(records, models, splits), "words": word_tables(records, models),
         "descriptions": descriptions,
-        "shown": f"{len(shown):,}", "all": f"{len(records):,}",
+        "shown": (f"{len(shown):,} of {len(records):,} questions"
+                  if len(shown) < len(records) else f"All {len(records):,} questions"),
         "data": data.replace("<", "\\u003c")}       # no </script> can end the script element
     with open(TEMPLATE, encoding="utf-8") as file:
         return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], file.read())

@@ -131,8 +131,9 @@ def wrong_tables(told):
         for word, count in sorted(false.items(), key=lambda pair: (-pair[1], pair[0]))[:WORDS]:
             bar = f'<span class="share" style="--share:{count / named[word]:.3f}"></span>'
             rows.append([escape(word), f"{count} of {named[word]}{bar}"])
-        tables.append(html_table(["object", "not there, of the times it is named"], rows,
-                                 escape(name)))
+        header = ["object", "not there, of the times it is named"]
+        tables.append(html_table(header, rows, escape(name)) if rows else
+                      f"<p>{escape(name)}: no wrong object at all.</p>")
     return f'<div class="words">{"".join(tables)}</div>'
 
 

@@ -178,7 +178,8 @@ def word_tables(records, models):
                                for other, k, chance in companions)
             bar = f'<span class="share" style="--share:{wrong / asked:.3f}"></span>'
             rows.append([escape(word), f"{wrong} of {asked}{bar}", beside or "–"])
-        tables.append(html_table(header, rows, escape(name)))
+        tables.append(html_table(header, rows, escape(name)) if rows else
+                      f"<p>{escape(name)}: no false yes at all.</p>")
     return f'<div class="words">{"".join(tables)}</div>'
 
 
@@ -202,7 +203,9 @@ def answer_bars(metrics, yes_ratios):
             rows.append(f'<span>{escape(name)}</span>'
                         f'<div class="bar" role="img" aria-label="{escape(name)}: {words}">{bar}'
                         f'<b style="left:{yes_ratios[split]:.3f}%"></b></div>'
-                        f'<span>{row["yes_ratio"]:.1f} % yes</span>')
+                        f'<span>{row["yes_ratio"]:.1f} % yes</span>'
+                        f'<small class="counts">yes: {row["tp"]:,} right, {row["fp"]:,} wrong; '
+                        f'no: {row["tn"]:,} right, {row["fn"]:,} wrong</small>')
         blocks.append(f'<h3>{escape(split)}</h3><div class="bars">{"".join(rows)}</div>')
     key = "".join(f'<span><i class="{part}"></i> {said}</span>' for part, said in PARTS.items())
     return (f'{"".join(blocks)}<p class="key">{key}'

@@ -132,9 +132,10 @@ def test_filters(browser, made):
             choose_option(browser, name, value)
         expected = [[q["image"], q["question"]] for q in everything if passes(q)]
         assert cards(browser) == expected and len(expected) < total
-        assert count() == f"{len(expected)} of the {total} questions shown here"
+        assert count() == (f"{len(expected)} of the {total} questions shown here" if expected else
+                           f"no question fits; Clear shows all {total} again")
         browser.find_element("css selector", "button[type=reset]").click()
-        until(lambda: count().startswith(f"{total} of"))
+        until(lambda: count() == f"all {total} questions shown here")
 
 
 def test_answers_are_shown_as_text(browser, made):
@@ -221,15 +222,30 @@ def test_keyboard(browser):
 
 
 def test_narrow_and_dark(browser):
-    phone = {"width": 340, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    phone = {"width": 375, "height": 700, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 340
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
     numbers = browser.execute_script("""
         return [...document.querySelectorAll(".bar i")].map(bar => {
             const text = bar.firstElementChild.getBoundingClientRect().width;
             return [text > 0, text <= bar.getBoundingClientRect().width]})""")
-    # No number is cut; some are left out.
-    assert all(whole for _, whole in numbers) and {seen for seen, _ in numbers} == {True, False}
+    assert all(whole for _, whole in numbers) and (True, True) in map(tuple, numbers)  # none is cut
+    # All numbers stand below the bar; a bar is as wide as the screen, its share of yes above it.
+    below = browser.find_elements("css selector", ".counts")
+    assert below and all("yes: " in e.text and e.is_displayed() for e in below)
+    bar, share = (browser.find_element("css selector", name).rect
+                  for name in (".bar", ".bars > span:nth-of-type(2)"))
+    assert bar["width"] > 300 and share["y"] < bar["y"] < below[0].rect["y"]
+    # Nothing is between a picture and its question.
+    card = browser.find_element("css selector", ".card")
+    frame, question = (card.find_element("css selector", name).rect for name in (".frame", "h3"))
+    assert question["y"] - frame["y"] - frame["height"] < 8
+    # A table that goes on has a shade at its edge.
+    assert browser.execute_script("""
+        const wide = [...document.querySelectorAll('.wide')];
+        const cut = wide.filter(e => e.scrollWidth > e.clientWidth);
+        const shades = e => getComputedStyle(e).backgroundImage.split('linear').length - 1;
+        return cut.length && cut.every(e => shades(e) === 4)""")
     columns = browser.execute_script("""
         const style = getComputedStyle(document.getElementById('cards'));
         return style.gridTemplateColumns.split(' ').length""")
