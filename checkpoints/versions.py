@@ -34,6 +34,8 @@ RATIOS = "pad", "square", "anyres"
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]      # of LlavaNextConfig
 MOST_TILES = 100
 NEWLINE = "model.image_newline"
+# bos and eos of every LLaMA that transformers wrote before 4.28; tokenizer.model counts there, too.
+EARLY_IDS = 0, 1
 PROJECTOR = "model.mm_projector."
 START_END = "<im_start>", "<im_end>"
 
@@ -62,7 +64,8 @@ def llava_config(values, path, vision):
         refuse_other_models(nested, path)
     text = llama_config(of_text, path)
     # Padding is never looked at, so pad_token_id may be anything.
-    refuse_others(of_text, {"bos_token_id": BOS, "eos_token_id": EOS}, path)
+    if (of_text.get("bos_token_id"), of_text.get("eos_token_id")) != EARLY_IDS:
+        refuse_others(of_text, {"bos_token_id": BOS, "eos_token_id": EOS}, path)
     layer = values.get("vision_feature_layer", values.get("mm_vision_select_layer", -2))
     layers = vision.num_hidden_layers
     if type(layer) is not int or not -layers - 1 <= layer <= layers:

@@ -460,6 +460,27 @@ def test_more_refusals(both, odd_world, pictures, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_voco_is_refused(both, odd_world, tmp_path):
+    _, _, folder = both
+    done = shell("python", "train.py", "--stage", 0, "--voco", 2, "--model_name_or_path",
+                 folder / "llava", "--data_path", odd_world / "llava" / "train.json",
+                 "--image_folder", odd_world / "llava" / "images", "--output_dir",
+                 tmp_path / "out", "--no-bf16")
+    assert done.returncode == 1
+    assert "--voco 2: the base's config.json has image_grid_pinpoints" in done.stderr
+
+
+def test_pinpoints_as_a_text(both, tmp_path):
+    """As LLaVA's training writes them, where they were typed."""
+    _, _, folder = both
+    shutil.copytree(folder / "clip", tmp_path / "clip")
+    pairs = load_json(folder / "llava" / "config.json")["image_grid_pinpoints"]
+    typed = "[" + ", ".join(f"({width}, {height})" for width, height in pairs) + "]"
+    as_text = variant_of(folder / "llava", tmp_path / "text", image_grid_pinpoints=typed)
+    one, other = load_base(str(folder / "llava")), load_base(str(as_text))
+    assert one.config.pinpoints == other.config.pinpoints and one.fingerprint == other.fingerprint
+
+
 def test_a_conversation(both, pictures):
     """What tools/chat.py says is what the packed rows say."""
     _, _, folder = both

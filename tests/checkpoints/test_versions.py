@@ -197,7 +197,7 @@ MIXED = {  # settings of a LLaVA-1.5 → what the message says
     "InstructBLIP": ({"model_type": "instructblip"}, 'model_type is "instructblip", which is not'),
     "MPT": ({"model_type": "llava_mpt"}, 'model_type is "llava_mpt", which is not'),
     "video": ({"model_type": "llava_next_video"}, 'model_type is "llava_next_video", which is not'),
-    "another bos": ({"bos_token_id": 0}, "bos_token_id is 0 and only 1"),
+    "another bos": ({"bos_token_id": 151643}, "bos_token_id is 151643 and only 1"),
     "another eos": ({"eos_token_id": 7}, "eos_token_id is 7 and only 2"),
 }
 
@@ -212,6 +212,13 @@ def test_mixed_versions_are_refused_by_the_settings_name(public, tmp_path, what)
     with pytest.raises(InputError) as error:
         load_base(str(folder), str(public.clip))
     assert re.search(said, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_early_ids_of_bos_and_eos(public, tmp_path):
+    """transformers wrote them for every LLaMA, and LLaVA took tokenizer.model's all the same."""
+    folder = variant_of(public.llava, tmp_path / "early", bos_token_id=0, eos_token_id=1,
+                        pad_token_id=-1)
+    agrees("early ids", public.expected, folder, public.clip)
 
 
 def test_marks_that_are_not_the_last_embeddings(public, tmp_path):
