@@ -6,14 +6,15 @@ import os
 import pytest
 import torch
 from conftest import dpo_flags, largest_difference, load_json, preference_rows, run_train
-from short_runs import logged
+from short_runs import logged, zero_file
 
+import train
 from checkpoints.identity import differences
 from checkpoints.load import Source, load_all, load_base
 from dpo import Loss, Objective
 from llama import LINEARS
 from model import set_trained
-from support.packed import packed
+from support.packed import PackedLinear, packed
 from training.engine import checkpoint_layers
 from training.lora import add_lora
 
@@ -103,6 +104,27 @@ def test_a_run(world, runs):
     for bits in 4, 8, 16:
         model = load_all(Source([str(runs[4])], bits=bits), torch.device("cpu"), torch.float32)
         assert list(model.heads) == ["adapter"] and model.config.bits == bits
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_engine_in_bf16_leaves_the_bits_alone(world, tmp_path, monkeypatch, in_this_process,
+                                                 stage):
+    """DeepSpeed casts whole modules; scales keep their 32 bits, and only LoRA is trained."""
+    runs = []
+    monkeypatch.setattr(train, "save", lambda deepspeed, run: runs.append(run))
+    run_train("--lora_r", 4, "--bits", 4, "--max_steps", 2, "--keep_correct", "--deepspeed",
+              zero_file(tmp_path, stage, bf16={"enabled": True}), "--output_dir",
+              tmp_path / "out", *dpo_flags(world))
+    read = load_all(Source([world.base], bits=4), torch.device("cpu"), torch.bfloat16)
+    trained = runs[0].model.trunk.model.layers
+    for name, module in read.trunk.model.layers.named_modules():
+        if isinstance(module, PackedLinear):
+            mine = trained.get_submodule(name).packed.packed
+            assert mine.nested_absmax.dtype == torch.float32
+            assert all(torch.equal(getattr(mine, part), getattr(module.packed, part))
+                       for part in mine.TENSORS)
+    assert all(".lora_" in name for name in runs[0].trained)
+    assert all(p.dtype == torch.bfloat16 for p in runs[0].trained.values())
 
 
 def test_kept_features_and_states_belong_to_a_number_of_bits(world, tmp_path, capsys,
