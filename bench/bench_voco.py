@@ -5,8 +5,8 @@
 
 Each seed has its own world, tower and base. From this base stage 0 trains each model on, with the
 same conversations for --steps: with all tokens of the image, or with --voco N. A model with <voco>
-tokens is asked in two passes (training/compressed.py): POPE's questions and CHAIR's
-descriptions, of which none sees the image.
+tokens is asked in two passes (training/compressed.py): POPE's questions and CHAIR's descriptions,
+of which none sees the image.
 
 Each model appends a line to --output_dir/results.jsonl, and what stands there is not made again, so
 an interrupted experiment goes on. --jobs processes work at the same time, each on one core and,
@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from bench.effect import SMALL, SMALL_STEPS, begin, run_train
+from bench.effect import SMALL, SMALL_STEPS, begin
 from bench.effect_asked import asked, judge, load, questions_of
 from bench.effect_rows import read_results
 from bench.effect_table import mean_and_sd
@@ -93,7 +93,8 @@ def make(args, seed, tokens):
     checkpoint = model_folder(root, tokens)
     try:
         if not os.path.isdir(checkpoint):
-            run_train(flags_of(root, seed, tokens, SMALL_STEPS if args.small else args.steps))
+            steps = SMALL_STEPS if args.small else args.steps
+            train.train(parse_flags(flags_of(root, seed, tokens, steps)))
         compressed = None if tokens == IMAGE else f"{checkpoint}-compressed"
         line = judge(root, checkpoint, False, compressed)
     except Exception:           # one model must not end the others

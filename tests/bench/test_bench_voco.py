@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+from conftest import load_json
 
 from bench import bench_voco
 from bench.bench_voco import IMAGE, SEEDS, STEPS, TOKENS, flags_of, main, table
@@ -67,17 +68,21 @@ def test_what_is_there_is_not_made_again(tmp_path, capsys):
 
 
 def test_a_small_run(tmp_path, in_this_process, monkeypatch):
-    """One model, from its world to its lines, in this process."""
+    """Two models, from their world to their lines, in this process."""
     args = bench_voco.argparse.Namespace(output_dir=str(tmp_path), small=True,
                                          steps=STEPS)
     monkeypatch.setattr("tiny.tower.TEST_IMAGES", 200)
     bench_voco.make_base(str(tmp_path / "seed46"), 46, True)
     assert sorted(os.listdir(tmp_path / "seed46")) == ["base", "untrained", "world"]
     assert not (tmp_path / "seed46" / "world" / "hadpo").exists()       # the base is not asked
-    made = bench_voco.make(args, 46, 2)
+    whole, made = (bench_voco.make(args, 46, tokens) for tokens in (IMAGE, 2))
     timed = bench_voco.time_model(args, 46, 2)
     with open(tmp_path / "results.jsonl") as file:
-        assert [json.loads(row) for row in file] == [made, timed]
+        assert [json.loads(row) for row in file] == [whole, made, timed]
+    for tokens, voco in (IMAGE, None), (2, 2):
+        told = load_json(tmp_path / "seed46" / f"tokens{tokens}" / "config.json")
+        assert told.get("num_voco") == voco
+        assert told["arguments"]["model_name_or_path"] == str(tmp_path / "seed46" / "base")
     assert set(bench_voco.COLUMNS) < set(made["numbers"])
     assert set(timed["seconds"]) == set(bench_voco.TIMES)
     kept = list((tmp_path / "seed46" / "tokens2-compressed").glob("*/*.safetensors"))
