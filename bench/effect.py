@@ -204,7 +204,8 @@ def begin(counter, gpus, logs):
     torch.set_num_threads(1)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
-    log = os.open(os.path.join(logs, f"{number}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(os.path.join(logs, f"{number}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+                  0o666)
     for stream in (1, 2):
         os.dup2(log, stream)
 
