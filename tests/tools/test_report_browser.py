@@ -187,7 +187,8 @@ def test_keyboard(browser):
     assert active() == 0
     press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT,
           Keys.ARROW_UP)
-    assert active() == 1 and browser.find_elements("css selector", "#cards .picture.lit")
+    assert active() == 1
+    until(lambda: browser.find_elements("css selector", "#cards .picture.lit"))     # when decoded
     press(browser, Keys.ENTER)
     detail = browser.find_element("id", "detail")
     until(detail.is_displayed)
