@@ -272,7 +272,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
-    alone = "TORCHELASTIC_RUN_ID" not in os.environ         # set by torchrun
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1       # set by torchrun
     if not alone:
         dist.init_process_group("gloo")                     # as in eval_pope.py
     ours = random_llava(args.size)

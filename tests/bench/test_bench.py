@@ -63,7 +63,7 @@ def test_pope(capsys):
 
 
 def test_pope_on_several_processes():
-    said = succeeds("torchrun", "--nproc_per_node", 2, "bench/bench_pope.py", *TINY_POPE)
+    said = TwoProcesses("bench/bench_pope.py", PEERS)(*TINY_POPE)
     assert lines_of(said)["ours, 2 processes"][0] == "72" and "answers/s" in said
 
 

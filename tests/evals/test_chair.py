@@ -9,7 +9,7 @@ import pytest
 from beside import checkpoints_beside
 from conftest import load_json
 from PIL import Image
-from programs import shell, succeeds
+from programs import TwoProcesses, shell, succeeds
 
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
@@ -106,7 +106,7 @@ def asked(root, *flags):
 def test_two_processes_say_the_same(root, tmp_path):
     flags = root / "stage1", "--max_new_tokens", 6, "--output_dir"
     one = succeeds(*CHAIR, *flags, tmp_path / "one")
-    two = succeeds("torchrun", "--nproc_per_node", 2, "-m", "evals.chair", *flags, tmp_path / "two")
+    two = TwoProcesses("-m")("evals.chair", *flags, tmp_path / "two")
     tables = [[line for line in said.splitlines() if line.startswith("|")] for said in (one, two)]
     assert tables[0] == tables[1] and len(tables[0]) == 4
     for name in "base.jsonl", "stage1.jsonl":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from beside import checkpoints_beside
 from conftest import load_json, run_train, small_llava
-from programs import shell, succeeds
+from programs import TwoProcesses, shell, succeeds
 from short_runs import losses_of
 
 from checkpoints.load import load_base
@@ -235,8 +235,9 @@ def test_from_objects_to_a_run(root, coco, tmp_path, in_this_process):
 
 
 def test_two_processes_mine_the_same(root, coco, tmp_path):
-    for name, starter in (("one", ["python"]), ("two", ["torchrun", "--nproc_per_node", 2])):
-        succeeds(*starter, "-m", "tools.mine", root / "stage1", *coco, "--output", tmp_path / name)
+    flags = root / "stage1", *coco, "--output"
+    succeeds(*MINE, *flags, tmp_path / "one")
+    TwoProcesses("-m")("tools.mine", *flags, tmp_path / "two")
     assert load_json(tmp_path / "one") == load_json(tmp_path / "two")
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
 

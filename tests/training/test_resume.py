@@ -182,7 +182,7 @@ def wait_for(process, condition, limit=100):
         if process.poll() is not None:
             return False
         assert time.monotonic() < began + limit
-        time.sleep(0.0003)
+        time.sleep(0.002)
     return True
 
 
