@@ -4,17 +4,20 @@
     draw_world("out/world", 42, Sizes(), supervised=False)      # what is missing of it
 """
 import os
+from dataclasses import asdict
 
 import torch.distributed as dist
 
 from checkpoints.hub import is_name
 from checkpoints.layouts import typed
 from support.common import InputError, read_json
+from tiny.words import about
 from tiny.world import Sizes, draw_supervised, make_world
 from training.recipes import world_of_files
 
 SHIPPED_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
 SHIPPED_SEED = 42
+DRAWN = 450             # images a second, on one core
 
 
 def shipped_base():
@@ -69,10 +72,14 @@ def world_of(checkpoint):
 def draw_world(world, seed, sizes, supervised):
     """Draw what is missing of a world; `supervised`: the images of stage 0 as well."""
     if not os.path.isdir(world):
-        print(f"no world in {world}: drawing it (seed {seed}; once, seconds)", flush=True)
+        images = sum(asdict(sizes).values()) - (0 if supervised else sizes.sft)
+        print(f"no world in {world}: drawing it (seed {seed}; once, {about(images / DRAWN)})",
+              flush=True)
         make_world(world, seed, sizes, supervised)
     elif supervised and not os.path.isdir(os.path.join(world, "llava", "images")):
-        print(f"no images in {world}/llava: drawing them (once, seconds)", flush=True)
+        _, made = made_with(world)
+        print(f"no images in {world}/llava: drawing them (once, {about(made['sft'] / DRAWN)})",
+              flush=True)
         draw_supervised(world)
 
 

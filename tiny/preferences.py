@@ -26,8 +26,10 @@ from support.common import id_text, read_json, write_json
 from support.hadpo import read_image_index
 from support.outputs import Journal, digest
 from tiny.pictures import NAMES, SCENES
+from tiny.words import about
 from tiny.world import answer, hallucinated, save, sentence
 
+ASKED = 150             # images a second, on two cores
 DESCRIBED = {
     "repaired": "the base's own words up to its first wrong object, then what is there",
     "true": "what is there, in the world's words",
@@ -177,6 +179,8 @@ def ask_base(model, world, notes, asked, asker):
     dataset, journal = PackedDataset(examples, model.row_format()), Journal(world, asker)
     texts = {row["image"]: row["answers"] for row in journal.read()}
     rest = [i for i in range(len(notes)) if i not in texts]
+    print(f"asking the model about {len(rest):,} images: its mistakes become the preference data "
+          f"(once, {about(len(rest) / ASKED)} on two cores)", flush=True)
     with journal.kept_on_interrupt(len(notes), "images"):
         for i, [(answers, _)] in answers_to(model, dataset, 40, 64, rest):      # of the only head
             texts[i] = answers

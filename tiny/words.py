@@ -2,10 +2,12 @@
 
     unknown_words(model.tokenizer, "Is there an elephant in the image?")    # ["an", "elephant"]
     print(CONTAINS)
+    about(0.2)                                                              # "about 1 s"
 
 Each word of this world is one token (world.py). A word that is none is spelt in letters, which the
 tiny model has never seen; then it answers about something else, and as surely as ever.
 """
+import math
 import re
 
 from tiny.pictures import NAMES, SCENES
@@ -13,6 +15,11 @@ from tiny.world import DESCRIBE, ask
 
 CONTAINS = (f"The tiny world: {', '.join(NAMES)}, in a {', a '.join(SCENES)}. Its model answers "
             f"“{ask('dog')}” and “{DESCRIBE[0]}”")
+
+
+def about(seconds):
+    """How long work will take, in words."""
+    return f"about {math.ceil(seconds)} s"
 
 
 def is_tiny(tokenizer):

@@ -37,7 +37,7 @@ from checkpoints.identity import base_of_model, data_digest
 from checkpoints.load import load_weights
 from data import Example, PackedDataset
 from llama import PAD_BRANCH
-from support.common import InputError, progress, read_json, write_json
+from support.common import InputError, progress, read_json, say, write_json
 from support.folders import check_can_write
 from support.images import check_images
 from support.loading import batches_ahead, spare_cores
@@ -113,6 +113,8 @@ def keep_features(folder, dataset, model, block_config, batch_size=16):
     # The key comes before all other files, from whichever process is first; then the packed rows.
     if not done.all() or len(done) < len(dataset):
         check_can_write(folder)
+        say(f"one frozen pass over {len(dataset) - done.sum():,} rows, kept in {folder} (once; the "
+            "bars say how long)")
     path = os.path.join(folder, "key.json")
     if not os.path.isfile(path):
         write_json(path, key)
