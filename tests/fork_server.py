@@ -110,6 +110,8 @@ def become(request):
     numpy.random.seed()
     os.environ.clear()
     os.environ.update(request["environment"])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]           # it looks at the environment when it is imported
     os.chdir(request["cwd"])
     script, *rest = request["command"]
     is_module = script == "-m"

@@ -11,13 +11,11 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
-from programs import ROOT
+from programs import ROOT, run_forked
 
 # Of this process, which a program of ours must not inherit.
 OWN_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE",
@@ -69,14 +67,13 @@ class StandIn:
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def run(self, *command, cwd, **variables):
-        """Start Python with `command` in a folder → what subprocess.run returns."""
+        """Type `python` and a command in a folder → what subprocess.run returns."""
         environment = {name: value for name, value in os.environ.items()
                        if name not in OWN_VARIABLES}
         environment |= {"HF_ENDPOINT": self.address, "HF_HUB_CACHE": str(self.cache),
                         "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1",
                         **variables}
-        return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment,
-                              capture_output=True, text=True, timeout=200)
+        return run_forked(command, cwd, environment, (), b"")
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -112,8 +112,9 @@ def test_a_cut_download_is_ended(repositories, tmp_path):
             os.remove(os.path.join(snapshot, name))
             os.remove(os.path.join(snapshot, "pytorch_model.bin")) if "safe" in name else None
             assert not is_whole(snapshot)
-        code = f"from checkpoints.hub import *; print(pinned({BASE!r})); print(folder_of({BASE!r}))"
-        done = server.run("-c", code, cwd=tmp_path)
+        (tmp_path / "code.py").write_text("from checkpoints.hub import *\n"
+                                          f"print(pinned({BASE!r}))\nprint(folder_of({BASE!r}))")
+        done = server.run(tmp_path / "code.py", cwd=tmp_path)
     assert done.stdout.splitlines()[1:] == [f"{BASE}@{commit_of(BASE)}", snapshot], done.stderr
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= set(files_in(snapshot))
 
