@@ -13,7 +13,7 @@ REAL = {0: dict(learning_rate=[2e-5], num_train_epochs=1, sft_weight=0.0, warmup
         1: dict(learning_rate=[5e-7], num_train_epochs=1, sft_weight=0.0, warmup_ratio=0.0)}
 REAL |= {2: REAL[1], "trunk": REAL[1] | dict(learning_rate=[2e-6]),
          "voco": REAL[0] | dict(num_train_epochs=2)}
-# Of the tiny world, chosen on validation images.
+# Of the tiny world, chosen on validation images; for "voco" no rate was searched.
 TINY = {0: dict(learning_rate=[3e-3], num_train_epochs=2, sft_weight=0.0, warmup_ratio=0.03),
         1: dict(learning_rate=[2e-3], num_train_epochs=5, sft_weight=10.0, warmup_ratio=0.0)}
 TINY |= {2: TINY[1], "voco": TINY[0] | dict(learning_rate=[2e-3]),
