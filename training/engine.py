@@ -250,8 +250,8 @@ class MasterAdamW(torch.optim.AdamW):
         pairs = [(parameter, master)
                  for parameter, master in zip(self.rounded, self.masters, strict=True)
                  if parameter.grad is not None]
-        for n in range(0, len(pairs), 32):      # some at a time, or all would stand there twice
-            some = pairs[n:n + 32]
+        for n in range(0, len(pairs), 4):       # few at a time, or all would stand there twice
+            some = pairs[n:n + 4]
             for _, master in some:
                 master.grad = torch.empty_like(master)
             self.copy([p.grad for p, _ in some], [m.grad for _, m in some])
