@@ -157,7 +157,7 @@ def report(sides, splits):
 
 
 def main(argv=None):
-    parser = flags(__doc__.split("\n\n")[0])
+    parser = flags(__doc__)
     add = parser.add_argument
     add("--server", metavar="URL", help="ask it; without: ours, beside what a server has answered")
     add("--concurrency", type=Number("--concurrency", int, above=0), default=64,
