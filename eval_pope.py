@@ -254,8 +254,9 @@ def evaluate(args):
     model = load_all(source, device, dtype)
 
     # The answers. The journal keeps them from the moment they are there.
-    say(f"{len(distinct)} distinct questions about {len(images)} images, {len(model.heads)} "
-        f"models, protocol {args.protocol}")
+    models = f"{len(model.heads)} model{'s' * (len(model.heads) > 1)}"
+    say(f"{len(distinct)} distinct questions about {len(images)} images, {models}, protocol "
+        f"{args.protocol}")
     limit = args.max_new_tokens or PROTOCOLS[args.protocol].max_new_tokens
     limit = min(limit, model.config.text.max_position_embeddings)
     prompts = open_prompts(model, distinct, image_folder, args.protocol)

@@ -30,8 +30,11 @@ OWN_FILES["vision_tower"] = {name: None for name in (
 OWN_FILES |= {"pope": "*", "chair": "*", "shr": "*"}
 
 
-def check_output_folder(folder):
-    """Before training: InputError where a checkpoint cannot be written, or replaces another's."""
+def check_output_folder(folder, resume=False):
+    """Before training: InputError where a checkpoint cannot be written, or replaces another's.
+
+    With `resume` the checkpoint that is there may be this very run's, and then it stays.
+    """
     check_output(folder, OWN_FILES)
     refuse_other_readme(folder)
     path = os.path.join(folder, "config.json")
@@ -40,8 +43,9 @@ def check_output_folder(folder):
     values = read_json(path, dict)
     if OURS not in (values.get("model_type"), values.get("written_by")):
         raise InputError(f"{folder}: holds a model that was not trained here; name another folder")
-    say(f"{folder}: a checkpoint is there already; it will be {old_name(folder)} when this run is "
-        "done")
+    unless = "unless it is this very run's, " if resume else ""
+    say(f"{folder}: a checkpoint is there already; {unless}it will be {old_name(folder)} when this "
+        "run is done")
 
 
 def save_base(folder, model, tensors=None, arguments=None, identity=None):

@@ -109,7 +109,8 @@ def describe(args, images, folder, output):
     model = load_all(source, device, dtype)
     limit = min(args.max_new_tokens, model.config.text.max_position_embeddings)
     asking = Asking(args.prompt, args.system_prompt, args.num_beams, limit)
-    say(f"{len(images)} images, {len(model.heads)} models, {asking.told()}")
+    models = f"{len(model.heads)} model{'s' * (len(model.heads) > 1)}"
+    say(f"{len(images)} images, {models}, {asking.told()}")
 
     # A row per image, with one branch. The journal keeps the texts from the moment they are there.
     conversations = [[(f"{IMAGE}\n{asking.prompt}", None)]]

@@ -23,5 +23,6 @@ def in_a_log_file():
     """What tqdm has to be told where no terminal shows its bar; nothing where one does."""
     if sys.stderr.isatty():
         return {}
+    # With miniters tqdm's own thread prints nothing: its lines would stand there twice.
     return {"file": LogFile(), "bar_format": LINE, "delay": SECONDS, "mininterval": SECONDS,
-            "maxinterval": SECONDS}
+            "miniters": 1}

@@ -129,7 +129,7 @@ def told(action):
     text, default = action.help, action.default
     if isinstance(default, (int, float)) and not isinstance(default, bool):
         text += f"; default: {default:g}"
-    elif isinstance(default, str) and default:
+    elif isinstance(default, str) and default not in ("", argparse.SUPPRESS):    # -h has no value
         text += f"; default: {default}"
     flag, lines = f"  {head(action)}", wrapped(text, FLAG_COLUMNS)
     if len(flag) < FLAG_COLUMNS - 1:

@@ -41,6 +41,8 @@ def question_files(pope_path, sets=None):
 
 def files_in(folder, splits):
     """POPE's files of these splits in a folder: all must be there, and be of one data set."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; --pope_path names POPE's folder, or its files")
     for inside in FOLDERS:
         place = os.path.join(folder, inside) if inside else folder
         names = sorted(os.listdir(place)) if os.path.isdir(place) else []

@@ -205,8 +205,11 @@ def test_named_files_that_cannot_be_told_apart(tmp_path):
         scored(answers, [str(tmp_path / "coco"), same[1]])
     with pytest.raises(InputError, match="gqa_pope.json: no such file"):
         scored(answers, [str(tmp_path / "gqa_pope.json")])
-    with pytest.raises(InputError, match="holds no coco_pope_random.json.*or its files"):
+    with pytest.raises(InputError, match="nowhere: no such folder; .*or its files"):
         scored(answers, [str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no coco_pope_random.json.*or its files"):
+        scored(answers, [str(tmp_path / "empty")])
 
 
 # ---- Asked ---------------------------------------------------------------------------------------

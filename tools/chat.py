@@ -177,7 +177,7 @@ class Chat:
             try:
                 line = input(prompt).strip()
                 line.encode()                       # raises UnicodeError, as input() itself may
-                if line in ("exit", "quit", "/exit", "/quit"):
+                if line.lower() in ("exit", "quit", "/exit", "/quit"):
                     return
                 if line.startswith("/"):
                     self.obey(line)

@@ -146,15 +146,16 @@ def fault_of(name, path):
 
 
 def look(args):
-    """Lines about the named paths, and what is wrong."""
+    """A line for each named path: of those that are there, and what is wrong with the others."""
     lines, faults = [], []
     for name in PATHS:
         value = getattr(args, name)
         for path in value if isinstance(value, list) else [value] if value else []:
             fault = fault_of(name, path)
-            lines.append(f"{'--' + name} {path}: {fault or 'there'}")
             if fault:
                 faults.append(f"--{name} {path}: {fault}")
+            else:
+                lines.append(f"--{name} {path}: there")
     return lines, faults
 
 

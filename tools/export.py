@@ -1,6 +1,6 @@
 """Write a checkpoint as other programs load it: transformers, vLLM, SGLang, LLaVA, peft.
 
-    python -m tools.export tiny/base whole                      # transformers, vLLM, SGLang
+    python -m tools.export tiny/base for-vllm                   # transformers, vLLM, SGLang
     python -m tools.export tiny/base other --format llava       # LLaVA's own code, and this one
     python -m tools.export tiny/base quarter --bits 4           # with bitsandbytes' 4 bits
     python -m tools.export out/lora adapter --format peft       # LoRA alone, on the llava-hf base

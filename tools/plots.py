@@ -116,8 +116,12 @@ def main():
     args = parser.parse_args()
     for path in args.files:
         check_file(path)
+    others = [path for path in args.files if not path.endswith((".jsonl", ".json"))]
+    if others:
+        raise InputError(f"{others[0]}: is neither metrics.jsonl of a run nor metrics.json of an "
+                         "evaluation")
     endings = {os.path.splitext(path)[1] for path in args.files}
-    if endings not in ({".jsonl"}, {".json"}):
+    if len(endings) > 1:
         raise InputError(f"{', '.join(args.files)}: name either metrics.jsonl of runs or "
                          "metrics.json of evaluations, not both")
     if not args.output.endswith(".svg"):

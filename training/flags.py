@@ -134,8 +134,8 @@ def declare_flags():
                                                 "pairs than its own, python -m tiny.prepare)")
     group.add_argument("--pope_data_path", help="HA-DPO's pope_data.json")
     group.add_argument("--preference_data", nargs="+",
-                       help="in place of HA-DPO's three: pairs in RLHF-V's, TRL's, LLaMA-Factory's "
-                            "or ms-swift's form, in JSON or parquet")
+                       help="in place of HA-DPO's three: pairs in RLHF-V's, TRL's, "
+                            "LLaMA-Factory's, ms-swift's or SENTINEL's form, in JSON or parquet")
     group.add_argument("--keep_correct", action=boolean,
                        help="use also POPE rows that the base answered right; default: only in the "
                             "tiny world")
@@ -291,7 +291,7 @@ def check_outputs(args):
             if path and os.path.realpath(path) == os.path.realpath(run.output_dir):
                 raise InputError(f"--output_dir {run.output_dir}: is also {flag}, which would be "
                                  "replaced; name another folder")
-        check_output_folder(run.output_dir)
+        check_output_folder(run.output_dir, args.resume)
 
 
 def combinations(args):

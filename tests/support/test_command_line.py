@@ -130,7 +130,7 @@ def test_usage_and_commands(one):
     text = one.format_help()
     assert "  # a comment\n  python -m tools.one OUT/first\n" in text and "third" not in text
     assert "  --set {random,adv} …    which\n" in text and "--learning_rate X       of st" in text
-    assert "how often; default: 0\n" in text
+    assert "how often; default: 0\n" in text and "print this text\n" in text
     assert Parser("Do.\n\n    deepspeed train.py --stage 2\n").prog == "deepspeed train.py"
     assert head(Parser(DOC).add_argument("--bf16", action=argparse.BooleanOptionalAction)) == \
         "--bf16, --no-bf16"

@@ -132,6 +132,7 @@ def test_typed_by_a_user(tmp_path, monkeypatch):
     text = (tmp_path / "sweep.svg").read_text()
     assert "prefers-color-scheme: dark" in text and not re.search(r"(href|src|url\()", text)
     for wrong, of in (([run, sweep, "--output", "x.svg"], "not both"),
+                      ([__file__, "--output", "x.svg"], "is neither metrics.jsonl of a run nor"),
                       ([run, "--output", "nowhere/x.svg"], "nowhere/x.svg"),
                       (["nope", "--output", "x.svg"], "nope: no such file"),
                       ([run, "--output", "x.png"], "--output x.png: an SVG is written; name a")):

@@ -108,7 +108,8 @@ def test_what_cannot_go_on(world, tmp_path, monkeypatch, capsys, in_this_process
     assert before == "step-3" and "step-3 of an interrupted run, which is discarded" in said
     assert steps_logged(tmp_path / "cut") == [3, 6, 8]
     run_train(*flags, "--resume")                                        # what is finished stays
-    assert "finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "finished already" in said and "unless it is this very run's, it will be" in said
     assert steps_logged(tmp_path / "cut") == [3, 6, 8]
     for more, steps in ((["--max_steps", 9], 9), (["--learning_rate", "3e-2"], 8)):
         run_train(*flags, "--resume", *more)                         # by other arguments it is not
