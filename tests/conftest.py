@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # numbers are proved in fp32 on the CPU, everywhere
 os.environ["HF_HUB_OFFLINE"] = "1"          # no name is looked up; tests/hub_stand_in.py stands in
+os.environ.pop("COLUMNS", None)             # pytest-xdist sets it, and programs would fit into it
 
 import pytest
 import sentencepiece
