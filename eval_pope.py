@@ -57,7 +57,7 @@ from support.outputs import (
     write_value,
 )
 from support.processes import end_processes, place, start_processes
-from support.questions import SPLITS, find_images, question_files, read_pope, split_name
+from support.questions import find_images, question_files, read_pope, split_name
 from support.templates import SYSTEM, SYSTEM_HADPO_EVAL
 from tiny.places import world_beside
 from training.compressed import without_images
@@ -310,8 +310,7 @@ def flags(doc):
     add("--image_folder", help="in place of --coco_path: the folder that holds the images")
     add("--pope_path", nargs="+", help="folder of *pope*_{random,popular,adversarial}.json, or the "
         "question files (name CKPT first); default: the tiny world's")
-    add("--set", nargs="+", choices=SPLITS, type=split_name,
-        metavar="{random,popular,adversarial}",
+    add("--set", nargs="+", type=split_name, metavar="{random,popular,adversarial}",
         help="which questions; default: all three, or those of the named files")
     add("--protocol", choices=PROTOCOLS, default="hadpo",
         help="how is asked: HA-DPO's bare question, or LLaVA's for a single word")

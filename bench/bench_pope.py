@@ -45,8 +45,9 @@ from bench.peer import (
     unpack,
     write_images,
 )
-from eval_pope import SPLITS, ask, open_prompts, read_pope
+from eval_pope import ask, open_prompts, read_pope
 from model import Head, answer
+from support.questions import SPLITS
 
 OBJECTS = (
     "person, car, chair, book, bottle, cup, bowl, dog, cat, bird, horse, sheep, cow, elephant, "

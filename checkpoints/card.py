@@ -84,7 +84,8 @@ def card(values, name, pope):
         "data": ", ".join(data_of(arguments)) or "the tiny world's",
         "digest of the data": (values.get("identity") or {}).get("data", "none")[:16],
         "code": f"nanoHADPO, commit {code_commit()}"}
-    flags = [f"--{key} {shown(value)}" for key, value in sorted(arguments.items())
+    flags = [f"--{key} {shown(value)}".rstrip()
+             for key, value in sorted(as_typed(arguments).items())
              if key not in SILENT and value not in (None, "", [], {}, False)]
     return (f"{BEGINS}{head}tags: [llava, dpo, hallucination]\n---\n\n# {name}\n\n"
             "A LLaVA-1.5 that was trained against object hallucination with nanoHADPO "
@@ -100,6 +101,16 @@ def data_of(arguments):
         value = arguments.get(name)
         found += value if isinstance(value, list) else [value] if value else []
     return [f"`{os.path.basename(os.path.normpath(path))}`" for path in found]
+
+
+def as_typed(arguments):
+    """A run's arguments as its command names them: a stage in place of its groups of tensors."""
+    tune = ",".join(arguments.get("tune") or ())
+    left_out = {"tune"} if arguments.get("stage") is not None else set()
+    if not arguments.get("lora_r"):
+        left_out |= {"lora_alpha", "lora_dropout"}
+    return {key: value for key, value in (arguments | {"tune": tune}).items()
+            if key not in left_out}
 
 
 def shown(value):

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall wh
 from eval_pope import PROTOCOLS, measure, table
 from support.command_line import Parser
 from support.common import InputError, field, run_program
-from support.questions import SPLITS, question_files, read_list, read_pope, split_name
+from support.questions import question_files, read_list, read_pope, split_name
 
 
 def by_id(rows):
@@ -154,8 +154,7 @@ def main():
                         help="folder of *pope*_{random,popular,adversarial}.json, or the question "
                              "files (name ANSWERS first)")
     parser.add_argument("--question_file", help="LLaVA's llava_pope_test.jsonl, for its answers")
-    parser.add_argument("--set", nargs="+", choices=SPLITS, type=split_name,
-                        metavar="{random,popular,adversarial}",
+    parser.add_argument("--set", nargs="+", type=split_name, metavar="{random,popular,adversarial}",
                         help="which questions; default: all three, or those of the named files")
     score_file(parser.parse_args())
 

@@ -9,6 +9,7 @@ POPE (arXiv 2305.10355) publishes files for COCO, A-OKVQA and GQA, and others sp
 other names and forms. All of these are read: a row per line or one list, `text` or `question`,
 yes and no in capitals.
 """
+import argparse
 import os
 import re
 from fnmatch import fnmatchcase
@@ -66,7 +67,10 @@ def files_in(folder, splits):
 
 def split_name(text):
     """An argparse type: the word of --set for a split, whichever of its two names was typed."""
-    return next((short for short, name in SPLITS.items() if name == text), text)
+    for short, name in SPLITS.items():
+        if text in (short, name):
+            return short
+    raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(SPLITS.values())}")
 
 
 def named_files(paths, sets):

@@ -3,6 +3,7 @@
 `counted` is POPE's published evaluation written again, string by string: it replaces whole answers
 by yes and no, then compares the two lists element by element.
 """
+import argparse
 import glob
 import json
 import os
@@ -13,8 +14,9 @@ from conftest import largest_difference
 from programs import ROOT
 from small_files import QUESTIONS, assert_names_the_fault, changed, write_files
 
-from eval_pope import SPLITS, calibration, read_pope, says_yes, score, table
+from eval_pope import calibration, read_pope, says_yes, score, table
 from support.common import InputError, read_json
+from support.questions import SPLITS, split_name
 
 SAYINGS = {  # answer: does POPE's rule read it as yes?
     "Yes": True, "yes": True, "Yes, there is a dog in the image.": True, "No": False, "no": False,
@@ -167,6 +169,13 @@ def test_table_flags_a_model_that_leans():
 
 
 # ---- Question files ------------------------------------------------------------------------------
+
+
+def test_a_split_has_two_names():
+    assert split_name("adv") == split_name("adversarial") == "adv"
+    assert split_name("random") == "random"
+    with pytest.raises(argparse.ArgumentTypeError, match="'adverse': choose from .*adversarial"):
+        split_name("adverse")
 
 
 @pytest.mark.parametrize("folder", ("", "output/coco", "coco"))

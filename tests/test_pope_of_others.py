@@ -13,9 +13,10 @@ from conftest import load_json
 from small_files import assert_names_the_fault
 
 import eval_pope
-from eval_pope import SPLITS, read_pope
+from eval_pope import read_pope
 from evals.score import score_file
 from support.common import InputError
+from support.questions import SPLITS
 from tools import report
 
 ROWS = [{"question_id": n + 1, "image": f"COCO_{n // 2}.jpg", "text": f"Is there a {word} here?",

@@ -20,9 +20,10 @@ from bench import bench_dpo, bench_pope, bench_trunk, bench_zero, measuring, pee
 from clip_vit import CLIPVisionConfig
 from data import EOS, IMAGE, encode_conversation, expand
 from dpo import Objective, frozen_copy
-from eval_pope import SPLITS, read_pope
+from eval_pope import read_pope
 from llama import LlamaConfig
 from model import LlavaConfig, Trunk
+from support.questions import SPLITS
 
 PEERS = ("peft", "transformers.models.llava.modeling_llava")
 TINY_POPE = ("--size tiny --images 4 --batch_size 2 --peer_single 3 --peer_batched 20 "

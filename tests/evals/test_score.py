@@ -12,9 +12,9 @@ from conftest import largest_difference
 from programs import shell, succeeds
 from test_pope import POPE, counted, made_up_answer
 
-from eval_pope import SPLITS
 from evals.score import score_file
 from support.common import InputError, read_json
+from support.questions import SPLITS
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 

@@ -16,7 +16,7 @@ from programs import ROOT
 
 import eval_pope
 import tools.export
-from checkpoints.card import BEGINS, add_pope, is_card
+from checkpoints.card import BEGINS, add_pope, card, is_card
 from checkpoints.load import load_base, load_trained
 from checkpoints.save import save_base
 from data import EOS, IMAGE, Example, ImageProcessor, PackedDataset, Tokenizer
@@ -240,18 +240,29 @@ def test_the_card_says_what_it_is(world, lora, tmp_path):
     """
     folder = tmp_path / "lora"
     shutil.copytree(lora, folder)
-    card = (folder / "README.md").read_text()
-    assert card.startswith(BEGINS)
+    text = (folder / "README.md").read_text()
+    assert text.startswith(BEGINS)
     for part in (f"| base | `{world.base}` |", "| trained | lora |", "--lora_r 4", "| steps | 3 |",
                  "| data | `VG`, `desc_data.json`, `pope_data.json` |", "--learning_rate 0.03",
                  "LLAMA 2 Community", "Not evaluated yet"):
-        assert part in card, part
-    commit = card.partition("nanoHADPO, commit ")[2].partition(" ")[0]
+        assert part in text, part
+    commit = text.partition("nanoHADPO, commit ")[2].partition(" ")[0]
     assert commit == "unknown" or 7 <= len(commit) <= 12
-    for text in "first table\n", "second table\n":
-        add_pope(str(folder), text)
-    card = (folder / "README.md").read_text()
-    assert "second table" in card and "first table" not in card and "Not evaluated" not in card
+    for table in "first table\n", "second table\n":
+        add_pope(str(folder), table)
+    text = (folder / "README.md").read_text()
+    assert "second table" in text and "first table" not in text and "Not evaluated" not in text
+
+
+def test_the_cards_flags_can_be_typed():
+    """A stage in place of its groups, groups with commas, and LoRA's flags only of LoRA."""
+    arguments = {"stage": 2, "tune": ["post_decoder", "lm_head"], "lora_alpha": 256, "seed": 42}
+    flags = card({"arguments": arguments}, "stage2", "").partition("## Flags")[2]
+    assert flags.split("```")[1].split("\n") == ["", "--seed 42", "--stage 2", ""]
+    arguments |= {"stage": None, "tune": ["lora", "lm_head"], "lora_r": 4, "keep_correct": True}
+    flags = card({"arguments": arguments}, "lora", "").partition("## Flags")[2]
+    assert flags.split("```")[1].strip().split("\n") == [
+        "--keep_correct", "--lora_alpha 256", "--lora_r 4", "--seed 42", "--tune lora,lm_head"]
 
 
 def test_the_licence_is_the_bases(world, tmp_path, in_this_process):
@@ -280,5 +291,5 @@ def test_an_evaluation_is_in_the_card(world, lora, tmp_path, monkeypatch):
                                       "--pope_path", world.pope, "--set", "adv",
                                       "--max_new_tokens", "2"])
     eval_pope.main()
-    card = (folder / "README.md").read_text()
-    assert "Protocol `hadpo`." in card and "adversarial (labels" in card and "| adapter |" in card
+    text = (folder / "README.md").read_text()
+    assert "Protocol `hadpo`." in text and "adversarial (labels" in text and "| adapter |" in text

@@ -21,9 +21,10 @@ from programs import ROOT, shell, succeeds
 from checkpoints.load import load_base
 from checkpoints.save import save_trained
 from data import IMAGE, Example, ImageProcessor, PackedDataset
-from eval_pope import SPLITS, Evaluation, measure, read_pope, says_yes
+from eval_pope import Evaluation, measure, read_pope, says_yes
 from model import Head, LlavaConfig, answer_states
 from post_decoder import VARIANTS
+from support.questions import SPLITS
 from support.templates import SYSTEM_HADPO_EVAL
 from tools import report
 from tools.report import choose, page, picture, tiles, write_report
