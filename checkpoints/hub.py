@@ -53,8 +53,10 @@ def folder_of(path):
     InputError for a file inside of a model's folder, which is no model.
     """
     if path and os.path.isfile(path) and path.endswith((".json", ".jsonl", ".md", ".model")):
-        raise InputError(f"{path}: is one file of a model; name its folder, "
-                         f"{os.path.dirname(path) or '.'}")
+        beside = os.path.dirname(path) or "."
+        if not os.path.isfile(os.path.join(beside, "config.json")):
+            raise InputError(f"{path}: is no model; name the folder of one")
+        raise InputError(f"{path}: is one file of a model; name its folder, {beside}")
     return fetched(path) if path and is_name(path) else path
 
 

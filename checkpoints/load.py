@@ -15,6 +15,7 @@ Modules are filled tensor by tensor (weights.py), and names and shapes are compa
 is read. A trunk whose outputs are kept (training/features.py) stays in its files:
 `load_base(..., read_trunk=False)`, and `load_weights(trunk)` if it is needed later.
 """
+import glob
 import os
 from dataclasses import dataclass, replace
 
@@ -279,8 +280,10 @@ def checkpoints_among(paths):
     chosen = chosen or [path for path in paths if types[path]]
     left_out = ", ".join(path for path in paths if path not in chosen)
     if not chosen:
-        raise InputError(f"{left_out}: no checkpoint, no base (there is no config.json); name "
-                         "folders that train.py has written")
+        inside = sorted(os.path.dirname(file) for path in paths
+                        for file in glob.glob(os.path.join(glob.escape(path), "*", "config.json")))
+        cure = f"is {inside[-1]} meant?" if inside else "name folders that train.py has written"
+        raise InputError(f"{left_out}: no checkpoint, no base (there is no config.json); {cure}")
     if left_out and int(os.environ.get("RANK", 0)) == 0:
         print(f"left out, because nothing was trained there on top of a base: {left_out}",
               flush=True)

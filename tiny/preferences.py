@@ -179,7 +179,7 @@ def ask_base(model, world, notes, asked, asker):
     dataset, journal = PackedDataset(examples, model.row_format()), Journal(world, asker)
     texts = {row["image"]: row["answers"] for row in journal.read()}
     rest = [i for i in range(len(notes)) if i not in texts]
-    print(f"asking the model about {len(rest):,} images: its mistakes become the preference data "
+    print(f"asking the model about {len(rest):,} images: its mistakes become preference pairs "
           f"(once, {about(len(rest) / ASKED)} on two cores)", flush=True)
     with journal.kept_on_interrupt(len(notes), "images"):
         for i, [(answers, _)] in answers_to(model, dataset, 40, 64, rest):      # of the only head

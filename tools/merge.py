@@ -66,7 +66,8 @@ def main():
                          "name another folder") from e
     beside = f" with {args.checkpoint}" if what != "base" else ""
     beside = f" with {args.delta}" if args.delta else beside
-    print(f"{args.output}: {base}{beside}, a base of its own")
+    bits = f", LLaMA's linears in {args.bits} bits" if args.bits else ""
+    print(f"{args.output}: {base}{beside}, a base of its own{bits}")
 
 
 if __name__ == "__main__":
