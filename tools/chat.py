@@ -130,11 +130,11 @@ class Chat:
             for_people(f"note: the tiny world has no word {', '.join(strange)}")
         self.keep(role="user", text=question, image=self.image)
         for name, conversation in conversations.items():
-            if names:
-                print(f"{name}: ", end="", flush=True)
             answer, said = conversation.answer(question, self.sampling, self.generator), ""
             try:
                 with silent_keys():
+                    if names:
+                        print(f"{name}: ", end="", flush=True)
                     for text in tails(answer, self.model.tokenizer.decode):
                         said += text
                         print(text, end="", flush=True)
