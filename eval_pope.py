@@ -60,7 +60,7 @@ from support.processes import end_processes, place, start_processes
 from support.questions import find_images, question_files, read_pope, split_name
 from support.templates import SYSTEM, SYSTEM_HADPO_EVAL
 from tiny.places import world_beside
-from training.compressed import without_images
+from training.compressed import COMPRESSED_HELP, without_images
 from training.guards import long_rows
 from training.originals import pope_arguments
 
@@ -319,8 +319,7 @@ def flags(doc):
     add("--bits", type=int, choices=BITS, help=BITS_HELP)
     add("--batch_size", type=Number("--batch_size", int, above=0),
         help="images at once; default: what fits")
-    add("--compressed", metavar="FOLDER", help="of a base with <voco> tokens: compress each image "
-        "once and keep it there; then ask without it")
+    add("--compressed", metavar="FOLDER", help=COMPRESSED_HELP)
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")
     add("--output_dir", help="for answers and numbers; default: CKPT/pope of the first checkpoint; "

@@ -17,28 +17,25 @@ Follows arXiv 2406.12275. "kept" here is the part of what the whole image gives 
 in POPE's accuracy over its three sets; the paper's retention has another lower bound.
 """
 import argparse
-import json
-import multiprocessing
 import os
 import shutil
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import train
-from bench.effect import SMALL, SMALL_STEPS, begin
+from bench.effect import SMALL, SMALL_STEPS, workers
 from bench.effect_asked import asked, judge, load, questions_of
 from bench.effect_rows import read_results
 from bench.effect_table import mean_and_sd
-from support.bars import in_a_log_file
-from support.common import InputError, run_program
+from bench.measuring import add_rows
+from support.common import InputError, progress, run_program
 from tiny.places import draw_world
 from tiny.prepare import TINY_LLAVA, prepare_tiny_world
 from tiny.world import Sizes
@@ -101,13 +98,8 @@ def make(args, seed, tokens):
         traceback.print_exc()
         return None
     line = {"tokens": tokens, "seed": seed, "steps": args.steps, **line}
-    append(args.output_dir, line)
+    add_rows(os.path.join(args.output_dir, "results.jsonl"), [line])
     return line
-
-
-def append(folder, line):
-    with open(os.path.join(folder, "results.jsonl"), "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def time_model(args, seed, tokens):
@@ -131,7 +123,7 @@ def time_model(args, seed, tokens):
         seconds["first_pass"] -= seconds["second_pass"]
     shutil.rmtree(kept, ignore_errors=True)
     line = {"tokens": tokens, "seed": seed, "seconds": seconds, "on": where()}
-    append(args.output_dir, line)
+    add_rows(os.path.join(args.output_dir, "results.jsonl"), [line])
     return line
 
 
@@ -192,7 +184,6 @@ def main(argv=None):
     parser.add_argument("--output_dir", default=os.path.join("out", "voco"))
     args = parser.parse_args(argv)
     logs = os.path.join(args.output_dir, "logs")
-    os.makedirs(logs, exist_ok=True)
     lines = read_results(args.output_dir)
     others = {line["steps"] for line in lines if "numbers" in line} - {args.steps}
     if others:
@@ -204,10 +195,8 @@ def main(argv=None):
     failed, total = 0, sum(map(len, missing.values()))
 
     # What a seed's models start from; when it is there, they are trained.
-    spawn = multiprocessing.get_context("spawn")
-    start = spawn.Value("i", 0), torch.cuda.device_count(), logs
-    with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
-            tqdm(total=total, desc="models", unit="model", **in_a_log_file()) as bar:
+    with workers(args.jobs, logs) as pool, \
+            progress(total=total, desc="models", unit="model", leave=True, delay=0) as bar:
         worlds = {pool.submit(make_base, os.path.join(args.output_dir, f"seed{seed}"), seed,
                               args.small): seed for seed, tokens in missing.items() if tokens}
         models = []

@@ -11,7 +11,6 @@ The table gives means over the seeds, and the paired difference to 16 bits with 
 interval over seeds. What was measured is kept in --output and not measured again.
 """
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,10 +20,11 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import eval_pope
 from bench.effect_table import paired, student_interval
+from bench.measuring import add_rows, read_rows
 from checkpoints.quantised import BITS
 from evals import chair
 from support.common import read_json, run_program
-from tiny.prepare import draw_world
+from tiny.places import draw_world
 from tiny.world import Sizes
 
 COLUMNS = {"adversarial": "adversarial", "popular": "popular", "random": "random",
@@ -74,14 +74,6 @@ def table(rows):
     return "\n".join(text)
 
 
-def read(path):
-    """What was measured already: a list of rows."""
-    if not path or not os.path.isfile(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="+", metavar="SEED")
@@ -89,7 +81,7 @@ def main(argv=None):
     parser.add_argument("--bits", type=int, choices=BITS, nargs="+", default=[16, 8, 4])
     parser.add_argument("--output", help="JSON lines, each appended as soon as it is measured")
     args = parser.parse_args(argv)
-    rows = read(args.output)
+    rows = read_rows(args.output) if args.output else []
     for folder in args.folders:
         for bits in args.bits:
             seed = os.path.basename(folder.rstrip("/"))
@@ -98,8 +90,7 @@ def main(argv=None):
             for model, numbers in measured(folder, args.checkpoint, bits).items():
                 rows.append({"seed": seed, "bits": bits, "model": model, "numbers": numbers})
                 if args.output:
-                    with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+                    add_rows(args.output, rows[-1:])
     print("\n" + table(rows))
 
 

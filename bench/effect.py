@@ -15,7 +15,6 @@ and, where there are GPUs, on one of them.
 import argparse
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import shutil
@@ -26,7 +25,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from tqdm import tqdm
 
 import train
 from bench.effect_asked import judge, judge_base
@@ -41,9 +39,9 @@ from bench.effect_rows import (
     read_results,
     seeds_of,
 )
+from bench.measuring import add_rows
 from model import Trunk
-from support.bars import in_a_log_file
-from support.common import InputError, run_program
+from support.common import InputError, progress, run_program
 from tiny import prepare
 from training.engine import configure, start_deepspeed
 from training.flags import parse_flags
@@ -210,6 +208,14 @@ def begin(counter, gpus, logs):
         os.dup2(log, stream)
 
 
+def workers(jobs, logs):
+    """A pool of processes, each on one core, on one of the GPUs, and printing into `logs`."""
+    os.makedirs(logs, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    start = spawn.Value("i", 0), torch.cuda.device_count(), logs
+    return ProcessPoolExecutor(jobs, spawn, begin, start)
+
+
 def work_on(args, task):
     """Make a base, or train and ask rows → how many failed, which the log tells."""
     root, failed = root_of(args.output_dir, task.seed, task.projector), 0
@@ -228,11 +234,9 @@ def work_on(args, task):
             traceback.print_exc()
             failed += 1
             continue
-        text = "".join(json.dumps({"row": row, "seed": task.seed, "rate": rate,
-                                   "validation": args.validation, **line}) + "\n"
-                       for row, line in lines.items())
-        with open(os.path.join(args.output_dir, "results.jsonl"), "a") as file:
-            file.write(text)
+        add_rows(os.path.join(args.output_dir, "results.jsonl"),
+                 [{"row": row, "seed": task.seed, "rate": rate, "validation": args.validation,
+                   **line} for row, line in lines.items()])
     shutil.rmtree(os.path.join(root, f"features{os.getpid()}"), ignore_errors=True)
     return failed
 
@@ -252,17 +256,14 @@ def main(argv=None):
     parser.add_argument("--output_dir", default=os.path.join("out", "effect"))
     args = parser.parse_args(argv)
     logs = os.path.join(args.output_dir, "logs")
-    os.makedirs(logs, exist_ok=True)
     done = {(line["row"], line["seed"], line["rate"], line["validation"])
             for line in read_results(args.output_dir)}
     ready, behind = tasks_of(args, done)
     total, failed = sum(len(task.rows) for tasks in behind.values() for task in tasks), 0
 
     # The bases first; when one is there, all that starts from it is ready.
-    spawn = multiprocessing.get_context("spawn")
-    start = spawn.Value("i", 0), torch.cuda.device_count(), logs
-    with ProcessPoolExecutor(args.jobs, spawn, begin, start) as pool, \
-            tqdm(total=total, desc="rows", unit="row", **in_a_log_file()) as bar:
+    with workers(args.jobs, logs) as pool, \
+            progress(total=total, desc="rows", unit="row", leave=True, delay=0) as bar:
         running = {}
         while ready or running:
             ready.sort(reverse=True)

@@ -6,9 +6,10 @@ best about the validation images of seeds 42 and 43. The row `reference` is what
 compared with: the block alone, DPO and the NLL of the chosen answer in equal parts, all questions,
 repaired descriptions. A run without files weighs the NLL ten times (`default1`, `default2`).
 """
-import json
 import os
 from dataclasses import dataclass
+
+from bench.measuring import read_rows
 
 REFERENCE = "reference"
 STEPS = 1632                    # six epochs of 34,800 pairs, 128 at once
@@ -141,12 +142,8 @@ for width in (16, 32, 96):
 
 
 def read_results(output_dir):
-    """The lines of results.jsonl; one that an interruption has cut does not count."""
-    path = os.path.join(output_dir, "results.jsonl")
-    if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    """The lines of results.jsonl."""
+    return read_rows(os.path.join(output_dir, "results.jsonl"))
 
 
 def best_rates(lines):

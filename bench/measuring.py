@@ -8,6 +8,7 @@
 import gc
 import json
 import math
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -169,8 +170,23 @@ def keep_line(path, line):
     row = {"what": line.what, "measured": line.units, "out_of_memory": not line.ran,
            "seconds_per_unit": line.per_unit if line.ran else None,
            "peak_memory_gib": line.memory and round(line.memory / 2 ** 30, 1)}
+    add_rows(path, [row])
+
+
+def add_rows(path, rows):
+    """Append to a file of JSON lines; several processes may do so at the same time."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(text)
+
+
+def read_rows(path):
+    """The rows of such a file, [] without one. A line that an interruption has cut does not count.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def table(lines, unit, total, peak):

@@ -17,7 +17,7 @@ import re
 from fnmatch import fnmatchcase
 
 from checkpoints.layouts import SEED_FILE, TRAINED_FILE, weight_files
-from support.command_line import meant
+from support.command_line import first_process, near_path
 from support.common import InputError, progress, read_json
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w][\w./-]*)?")
@@ -141,7 +141,7 @@ def files_read(names):
 
 def download(hub, info, files):
     """Bring files ({name: bytes}) into the cache. Processes wait for the one that is first."""
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = first_process()
     if first:
         print(f"{info.id}: {len(files)} files, {sum(files.values()) / 1e9:.2f} GB, from "
               f"{hub.constants.ENDPOINT} at {info.sha[:12]}", flush=True)
@@ -154,8 +154,8 @@ def explained(name, error, constants):
     """Why a name could not be fetched, and what to do, in one line."""
     kind, server = type(error).__name__, constants.ENDPOINT
     repository, _, revision = name.partition("@")
-    near = meant(name).removeprefix("check the path")
-    no_folder = f"no such folder{near and f' ({near})'}"
+    near = near_path(name)
+    no_folder = f"no such folder (is {near} meant?)" if near else "no such folder"
     if kind == "GatedRepoError":
         return f"{name}: {server} asks for a login; hf auth login, and ask for access on its page"
     if kind == "RevisionNotFoundError":

@@ -44,6 +44,7 @@ from clip_vit import TOWER
 from data import Tokenizer
 from model import Head, Llava, LlavaConfig, Trunk
 from post_decoder import BlockConfig
+from support.command_line import first_process
 from support.common import InputError, check_file, file_digest, read_json
 from support.folders import names_of
 from support.tensors import LazyTensor, read_file, refuse_gguf
@@ -284,7 +285,7 @@ def checkpoints_among(paths):
                         for file in glob.glob(os.path.join(glob.escape(path), "*", "config.json")))
         cure = f"is {inside[-1]} meant?" if inside else "name folders that train.py has written"
         raise InputError(f"{left_out}: no checkpoint, no base (there is no config.json); {cure}")
-    if left_out and int(os.environ.get("RANK", 0)) == 0:
+    if left_out and first_process():
         print(f"left out, because nothing was trained there on top of a base: {left_out}",
               flush=True)
     return chosen

@@ -173,6 +173,12 @@ def packed_tensors(trunk):
     return tensors
 
 
+def whole_tensors(model):
+    """{our name: tensor} of a Llava with one head, as files hold it."""
+    trunk = model.trunk
+    return dict(trunk.state_dict()) | packed_tensors(trunk) | dict(model.head.state_dict())
+
+
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from checkpoints.card import refuse_other_readme, write_card
 from checkpoints.hub import is_name
 from checkpoints.layouts import OURS, TRAINED_FILE
-from checkpoints.quantised import QUANTISATION, packed_tensors
+from checkpoints.quantised import QUANTISATION, whole_tensors
 from checkpoints.versions import version_settings
 from llama import LINEARS
 from support.common import InputError, read_json, say, write_json
@@ -55,9 +55,8 @@ def save_base(folder, model, tensors=None, arguments=None, identity=None):
     among the processes. LLaVA's config.json knows no post-interaction block, no `arguments` and no
     `identity` of a run (identity.py): they stand there as more entries.
     """
-    trunk, head, config = model.trunk, model.head, model.config
-    tensors = tensors or (dict(trunk.state_dict()) | packed_tensors(trunk)
-                          | dict(head.state_dict()))
+    head, config = model.head, model.config
+    tensors = tensors or whole_tensors(model)
     tower, rest = {}, {}
     for name, tensor in tensors.items():
         if name.startswith("vision_tower."):

@@ -189,7 +189,8 @@ def refuse_other_start_end(config, path):
 
 def refuse_small_vocabulary(config, pieces, path):
     """InputError unless the model has an embedding for every piece of a tokenizer, and for the
-    tokens that its version adds."""
+    tokens that its version adds.
+    """
     added = ["<voco>"] if config.num_voco else [*START_END] * config.image_start_end
     if pieces + len(added) > config.text.vocab_size:
         beside = f", {' and '.join(added)} beside them" if added else ""
@@ -208,8 +209,6 @@ def refuse_mixed_weights(config, tensors, path):
         raise InputError(f'{path}: mm_projector_type is "{said}"{absent}, '
                          f"and the weights are those of {theirs}; copy the config.json that "
                          "belongs to them")
-
-
     ratio = "anyres" if config.pinpoints else "pad" if config.pad_images else "square"
     if bool(config.pinpoints) != (NEWLINE in tensors):
         holds = "hold" if NEWLINE in tensors else "do not hold"

@@ -37,7 +37,7 @@ from support.images import check_images
 from support.outputs import Journal, check_output_folder, write_value
 from support.questions import read_list
 from support.templates import SYSTEM, SYSTEM_HADPO_EVAL
-from training.compressed import without_images
+from training.compressed import COMPRESSED_HELP, without_images
 from training.guards import long_rows
 
 SYSTEMS = {"llava": SYSTEM, "hadpo": SYSTEM_HADPO_EVAL}
@@ -83,8 +83,7 @@ def flags(parser, usual):
         default=usual.max_new_tokens, help="a description's length at most")
     add("--batch_size", type=Number("--batch_size", int, above=0),
         help="images at once, where it is greedy; default: what fits")
-    add("--compressed", metavar="FOLDER", help="of a base with <voco> tokens: compress each image "
-        "once and keep it there; then ask without it")
+    add("--compressed", metavar="FOLDER", help=COMPRESSED_HELP)
     add("--bits", type=int, choices=BITS, help=BITS_HELP)
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16, or fp32; default: bf16 on a GPU, fp32 on a CPU")

@@ -164,15 +164,21 @@ def near_flag(flag, names):
 
 def meant(path):
     """The cure for a path that is not there: the path that it may have meant, if one is near."""
+    near = near_path(path)
+    return f"is {near} meant?" if near else "check the path"
+
+
+def near_path(path):
+    """The path that is there and most like `path`, or None."""
     parts = os.path.normpath(path).split(os.sep)
     found = "/" if os.path.isabs(path) else ""
     for part in filter(None, parts):
         if not os.path.lexists(os.path.join(found, part)):
             part = near_entry(found or ".", part)
         if part is None:
-            return "check the path"
+            return None
         found = os.path.join(found, part)
-    return f"is {found} meant?"
+    return found
 
 
 def near_entry(folder, name):

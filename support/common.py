@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support.bars import in_a_log_file
-from support.command_line import meant
+from support.command_line import first_process, meant
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"     # how such a file begins
 BOM = b"\xef\xbb\xbf"           # some programs write it in front of UTF-8
@@ -48,7 +48,7 @@ def run_program(main):
         main()
     except InputError as e:
         # If rank 0 meets the same error, the launcher ends this process before it prints it again.
-        if int(os.environ.get("RANK", 0)) > 0:
+        if not first_process():
             time.sleep(5)
         # An error from a DataLoader worker has a traceback of many lines in front of its message.
         message = str(e).rpartition("InputError: ")[2].strip()
@@ -65,8 +65,7 @@ def progress(*args, disable=False, **options):
     In a log file it is a line every half minute (bars.py).
     """
     options = {"leave": False, "delay": 3} | options | in_a_log_file()
-    other_rank = int(os.environ.get("RANK", 0)) > 0
-    return tqdm(*args, disable=disable or other_rank, **options)
+    return tqdm(*args, disable=disable or not first_process(), **options)
 
 
 def say(text):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from checkpoints.hub import is_name
 from checkpoints.layouts import typed
+from support.command_line import first_process
 from support.common import InputError, read_json
 from tiny.words import about
 from tiny.world import Sizes, draw_supervised, make_world
@@ -51,7 +52,7 @@ def world_beside(checkpoint):
             raise InputError(f"{world}: was made with --seed {seed}, and {checkpoint} with "
                              f"{SHIPPED_SEED}; name other images and questions with --coco_path "
                              "and --pope_path, or another folder's checkpoint")
-    elif int(os.environ.get("RANK", 0)) == 0:
+    elif first_process():
         draw_world(world, SHIPPED_SEED, Sizes(), supervised=False)
     if dist.is_initialized():
         dist.barrier()

@@ -265,10 +265,9 @@ def main(argv=None):
     check_can_write(args.output)
     world, _ = world_beside(args.base)
     pairs = Pairs(**{field.name: getattr(args, field.name) for field in fields(Pairs)})
-    plain = args.questions == "pope" and checkpoint_type(args.base) == "base"
-    notes = read_json(os.path.join(world, "preference.json"))
-    if args.questions == "any":
-        notes = any_questions(world)
+    own = args.questions == "pope"
+    plain = own and checkpoint_type(args.base) == "base"
+    notes = read_json(os.path.join(world, "preference.json")) if own else any_questions(world)
     kept = os.path.join(world, "hadpo") if plain else args.output
     said = said_by(args.base, world, notes, kept)
     if args.teacher:

@@ -26,7 +26,7 @@ import torch
 from checkpoints.card import pope_of, values_of, write_card
 from checkpoints.hub import folder_of, import_hub, is_name
 from checkpoints.load import Source, base_of, checkpoint_type, load_whole
-from checkpoints.quantised import QUANTISATION, packed_tensors
+from checkpoints.quantised import QUANTISATION, whole_tensors
 from checkpoints.save import preprocessor_config, save_base
 from clip_vit import TOWER, CLIPVisionTower
 from data import BOS, EOS, IMAGE
@@ -62,9 +62,8 @@ CHAT = ("{{ '" + SYSTEM.replace("'", "\\'") + " ' }}{% for message in messages %
 
 def hf_tensors(model):
     """A Llava → {Hugging Face's name: tensor}."""
-    trunk, head, tensors = model.trunk, model.head, {}
-    whole = dict(trunk.state_dict()) | packed_tensors(trunk) | dict(head.state_dict())
-    for name, tensor in whole.items():
+    tensors = {}
+    for name, tensor in whole_tensors(model).items():
         ours = next(prefix for prefix in RENAMES if name.startswith(prefix))
         tensors[RENAMES[ours] + name[len(ours):]] = tensor
     # There the projector is as wide inside as LLaMA; zeros behind a narrow one change nothing.

@@ -38,7 +38,7 @@ from data import DESCRIBE, EOS
 from evals.chair import choose_images
 from evals.objects import annotation_files, read_annotations, read_words
 from evals.sampling import Conversation, Sampling, next_token
-from support.command_line import Parser
+from support.command_line import Parser, first_process
 from support.common import (
     InputError,
     Number,
@@ -310,7 +310,7 @@ def main():
     if not args.annotations and (args.images or args.image_folder or args.synonyms):
         raise InputError("--annotations is missing: what these images show is not known")
     mined, described, journal = (mine_objects if args.annotations else mine_sentences)(args)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if first_process():
         if not mined:
             raise InputError(f"{args.checkpoint}: no pair in the descriptions of {described:,} "
                              "images; name more images, or raise --temperature or --samples")

@@ -27,6 +27,9 @@ from support.processes import place
 from support.tensors import read_file, write_tensors
 from training.kept_files import checksum
 
+COMPRESSED_HELP = ("of a base with <voco> tokens: compress each image once and keep it there; then "
+                   "ask without it")
+
 
 def without_images(folder, dataset, model):
     """A PackedDataset of open prompts about images → the same, of which no image is opened again.

@@ -18,6 +18,7 @@ import os
 import types
 import typing
 
+from support.command_line import first_process
 from support.common import InputError, import_fault, read_json
 
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -231,7 +232,7 @@ class DeepSpeedFile:
     def check_monitors(self, config):
         """InputError for a monitor whose package is missing. Rank 0 alone opens monitors."""
         for name, (module, package) in MONITORS.items():
-            if not config.get(name, {}).get("enabled") or int(os.environ.get("RANK", 0)):
+            if not config.get(name, {}).get("enabled") or not first_process():
                 continue
             reason = import_fault(module)
             self.refuse(reason, f"{name} is enabled and cannot be imported ({reason}): pip "

@@ -17,7 +17,7 @@ from checkpoints.load import is_trained
 from checkpoints.quantised import BITS, BITS_HELP
 from checkpoints.save import check_output_folder
 from model import GROUPS, STAGES, TRUNK
-from support.command_line import Parser
+from support.command_line import Parser, first_process
 from support.common import InputError, Number
 from support.loading import spare_cores
 from training.blocks import BLOCKS, resolve_block
@@ -50,7 +50,7 @@ def parse_flags(argv=None):
     look_at_the_disk(args)
     resolve_block(args)
     fill_in_defaults(args)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if first_process():
         check_outputs(args)
     return args
 

@@ -13,6 +13,7 @@ import importlib
 import netrc
 import os
 
+from support.command_line import first_process
 from support.common import InputError, import_fault
 from training.ds_file import MONITORS
 
@@ -31,7 +32,7 @@ def add_reports(config, args):
             if len(args.report_to) > 1:
                 raise InputError(f"--report_to {' '.join(args.report_to)}: none stands alone")
             continue
-        name, first = REPORTS[report], int(os.environ.get("RANK", 0)) == 0
+        name, first = REPORTS[report], first_process()
         if first:                                           # rank 0 alone opens monitors
             refuse_missing(report, *MONITORS[name])
         if report == "wandb":
@@ -83,7 +84,7 @@ def reporting(run):
     """DeepSpeed starts W&B and neither names nor ends it: the next run of a sweep would go on in
     the same one.
     """
-    on = run.config.get("wandb", {}).get("enabled") and int(os.environ.get("RANK", 0)) == 0
+    on = run.config.get("wandb", {}).get("enabled") and first_process()
     wandb = importlib.import_module("wandb") if on else None
     if wandb and getattr(wandb, "run", None) and (run.args.run_name or run.args.report_to):
         wandb.run.name = name_of(run.args)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from checkpoints.layouts import TRAINED_FILE
 from checkpoints.load import is_trained, read_config
+from support.command_line import first_process
 from support.common import InputError
 from support.tensors import read_file
 
@@ -127,7 +128,7 @@ def train_arguments(argv):
         rest = without(rest, "--save_steps")
     if typed.get("--lora_enable") and not is_true(typed, "--lora_enable"):
         rest = without(rest, "--lora_r", "--lora_alpha", "--lora_dropout")
-    if typed and int(os.environ.get("RANK", 0)) == 0:
+    if typed and first_process():
         print(told(typed, ours), flush=True)
     return ours + rest
 
